@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['DOMAINS', 'SENTIMENTS', 'check_table', 'read_table', 'parse_reviews', 'load_reviews']
 
-# %% ../nbs/00_data.ipynb #c8eb6267
+# %% ../nbs/00_data.ipynb #fbb9f53b
 import hashlib, json, os, shutil, warnings, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd
 from .checkpoint import cache_folder, quietly, whole_file
 
-# %% ../nbs/00_data.ipynb #85a468a7
+# %% ../nbs/00_data.ipynb #d512ba7a
 def _rows(wrong, most=5): # row numbers as a person counts them: from 1, without the header
     numbers = (np.flatnonzero(wrong) + 1).tolist()
     return f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:most]))}" + (f" and {len(numbers) - most} more" if len(numbers) > most else "")
 
 def _missing(column): return column.isna() | (column.astype(str).str.strip() == "")
 
-# %% ../nbs/00_data.ipynb #48ec4155
+# %% ../nbs/00_data.ipynb #00bcf639
 def check_table(
     table,       # DataFrame with a column `text` and a column per task
     labels=None, # tasks to check: a list of columns, or a dict column → allowed labels
@@ -36,7 +36,7 @@ def check_table(
             raise ValueError(f"{name} has the unknown {task} label {', '.join(map(repr, found))} in {_rows(unknown)}. Known are: {', '.join(map(str, allowed))}.")
     return table
 
-# %% ../nbs/00_data.ipynb #95349851
+# %% ../nbs/00_data.ipynb #8fa293ed
 def _read_json_lines(path):
     rows = []
     for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
@@ -55,7 +55,7 @@ def _read_tsv(path): # never quoted; a \r at the end of a line belongs to the li
 _as_text = dict(dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8")
 _readers = {".csv": lambda path: pd.read_csv(path, **_as_text), ".tsv": _read_tsv, ".jsonl": _read_json_lines, ".json": _read_json_lines, ".parquet": pd.read_parquet}
 
-# %% ../nbs/00_data.ipynb #cc103fe2
+# %% ../nbs/00_data.ipynb #4dd58b4c
 def read_table(
     path,        # a .csv, .tsv, .jsonl or .parquet file, UTF-8
     labels=None, # tasks to check: a list of columns, or a dict column → allowed labels
@@ -83,7 +83,7 @@ def _is_utf8(raw):
     except UnicodeDecodeError: return False
     return True
 
-# %% ../nbs/00_data.ipynb #aeeea626
+# %% ../nbs/00_data.ipynb #f7375e6c
 DOMAINS = ["movie", "product", "restaurant"]
 SENTIMENTS = ["negative", "positive"]
 _uci_address = "https://archive.ics.uci.edu/static/public/331/sentiment+labelled+sentences.zip"
@@ -92,7 +92,7 @@ _uci_files = { # file: (domain, SHA-256 of a public copy)
     "imdb_labelled.txt": ("movie", "aef2e49e3da25714d61175e3a6e68eeef74a20a2f914318dc3be9947ea86512d"),
     "yelp_labelled.txt": ("restaurant", "c76468b7b5c6e56a0804d728345c5f84aa2142ddb214420f61cc9cfd4c00d2ea")}
 
-# %% ../nbs/00_data.ipynb #c5fe2b46
+# %% ../nbs/00_data.ipynb #9a139360
 def parse_reviews(
     raw,  # the bytes of one of the publisher's three files
     file, # its name
@@ -106,7 +106,7 @@ def parse_reviews(
     if hashlib.sha256(raw).hexdigest() != sha256: warnings.warn(f"{file} is complete, but not byte for byte the copy that mtst was measured on.")
     return pd.DataFrame({"text": [row[0].strip() for row in rows], "domain": domain, "sentiment": [SENTIMENTS[int(y)] for y in labels]})
 
-# %% ../nbs/00_data.ipynb #26aa200b
+# %% ../nbs/00_data.ipynb #5bd2a61a
 def _split_uci(read): # read: file name → bytes
     test_rows = json.loads((Path(__file__).parent/"reviews_test_rows.json").read_text())
     parts = {"train": [], "test": []}
@@ -117,7 +117,7 @@ def _split_uci(read): # read: file name → bytes
         parts["test"].append(table[test])
     return tuple(pd.concat(p, ignore_index=True) for p in parts.values())
 
-# %% ../nbs/00_data.ipynb #a47d2b99
+# %% ../nbs/00_data.ipynb #6e304704
 def _uci_zip(): # the publisher's archive, downloaded once
     path = cache_folder()/"sentiment_labelled_sentences.zip"
     if not path.exists():
@@ -132,7 +132,7 @@ def _uci_zip(): # the publisher's archive, downloaded once
     inside = {Path(name).name: name for name in archive.namelist() if "__MACOSX" not in name}
     return lambda file: archive.read(inside[file])
 
-# %% ../nbs/00_data.ipynb #194881b2
+# %% ../nbs/00_data.ipynb #43f576f6
 def load_reviews(
     source="auto", # "uci", "shipped", or "auto": UCI if it can be had, else shipped
 ): # two DataFrames, train and test, with the columns `text`, `domain` (3 labels), `sentiment` (2 labels)

@@ -6,7 +6,7 @@
 __all__ = ['Task', 'sampling_shares', 'Batches', 'MultiTaskSentenceTransformer', 'WarmupLinear', 'adamw', 'Evaluation',
            'UncertaintyWeighting', 'project_conflicts', 'task_gradients', 'gradient_conflict', 'ConflictMeter']
 
-# %% ../nbs/02_multitask.ipynb #662be710
+# %% ../nbs/02_multitask.ipynb #60ce4b9a
 import json, sys
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -21,7 +21,10 @@ with quietly():
     import keras
     from keras import layers, ops
 
-# %% ../nbs/02_multitask.ipynb #e95e9a31
+# %% ../nbs/02_multitask.ipynb #a53ab795
+def _label(value): # a label as text, without spaces around it; 1.0, as pandas makes of a 1 in a column with holes, is 1
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
 def _hits(y, logits): return ops.mean(ops.cast((logits > 0) == (y > 0.5), "float32"), axis=-1) # share of right yes/no answers
 
 @dataclass
@@ -38,11 +41,12 @@ class Task:
         kinds = ("classification", "multilabel", "regression")
         if self.kind not in kinds: raise ValueError(f"Task {self.name!r}: the kind {self.kind!r} is not known. Known are: {', '.join(kinds)}.")
         if self.kind == "regression": return
-        self.labels = [str(label) for label in self.labels or []]
+        self.labels, self.class_weight = [_label(label) for label in self.labels or []], {_label(k): w for k, w in (self.class_weight or {}).items()}
+        if self.activation not in ("softmax", "sigmoid"): raise ValueError(f"Task {self.name!r}: the activation {self.activation!r} is not known. Known are: softmax, sigmoid.")
         if len(set(self.labels)) < (1 if self.kind == "multilabel" else 2): raise ValueError(f"Task {self.name!r} needs two or more labels, not {self.labels}.")
         if len(set(self.labels)) < len(self.labels): raise ValueError(f"Task {self.name!r} has a label twice: {self.labels}.")
         if self.sigmoid and len(self.labels) != 2: raise ValueError(f"Task {self.name!r}: a sigmoid decides between two labels, not {len(self.labels)}. Use softmax.")
-        unknown = set(self.class_weight or {}) - set(self.labels)
+        unknown = set(self.class_weight) - set(self.labels)
         if unknown: raise ValueError(f"Task {self.name!r}: class_weight names {sorted(unknown)}, which are none of its labels.")
 
     @property
@@ -51,7 +55,7 @@ class Task:
     @property
     def units(self): return 1 if self.sigmoid or self.kind == "regression" else len(self.labels)
 
-# %% ../nbs/02_multitask.ipynb #2812a824
+# %% ../nbs/02_multitask.ipynb #188374dc
 @patch
 def encode_labels(self: Task,
     column, # the task's column of a table
@@ -69,8 +73,8 @@ def encode_labels(self: Task,
         index = {label: i for i, label in enumerate(self.labels)}
         cells = [[] if gone else (list(v) if isinstance(v, (list, tuple, set, np.ndarray)) else str(v).split("|") if self.kind == "multilabel" else [v])
             for v, gone in zip(column, missing)]
-        cells = [[str(v).strip() for v in cell if str(v).strip()] for cell in cells]
-        unknown = np.array([any(v not in index for v in cell) for cell in cells], bool)
+        cells = [[_label(v) for v in cell if _label(v)] for cell in cells]
+        unknown = np.array([any(v not in index for v in cell) or (self.kind == "classification" and not gone and len(cell) != 1) for cell, gone in zip(cells, missing)], bool)
     if unknown.any():
         known = "a number" if self.kind == "regression" else f"one of {', '.join(self.labels)}"
         raise ValueError(f"Task {self.name!r}: the label {column[int(np.flatnonzero(unknown)[0])]!r} in {_rows(unknown)} is not {known}.")
@@ -78,11 +82,11 @@ def encode_labels(self: Task,
         y = np.array([[float(label in cell) for label in self.labels] for cell in cells], "float32").reshape(len(cells), self.units)
     elif self.kind == "classification":
         y = np.array([index[cell[0]] if cell else 0 for cell in cells], "int32")
-        for label, weight in (self.class_weight or {}).items(): weights *= np.where(y == index[label], weight, 1).astype("float32")
+        for label, weight in self.class_weight.items(): weights *= np.where(y == index[label], weight, 1).astype("float32")
         if self.sigmoid: y = y[:, None].astype("float32")
     return y, weights
 
-# %% ../nbs/02_multitask.ipynb #bcebab2d
+# %% ../nbs/02_multitask.ipynb #e276c7b2
 @patch
 def make_loss(self: Task): # a `keras.losses.Loss` for logits
     "The task's loss: the mean over the rows that have its label."
@@ -98,6 +102,7 @@ def make_metric(self: Task): # a `keras.metrics.Metric` for logits
     if self.sigmoid or self.kind == "multilabel": return keras.metrics.MeanMetricWrapper(_hits, name="accuracy")
     return keras.metrics.SparseCategoricalAccuracy(name="accuracy")
 
+# %% ../nbs/02_multitask.ipynb #d3d3e5ac
 @patch
 def probabilities(self: Task,
     logits, # a head's output, (rows, units)
@@ -111,19 +116,20 @@ def probabilities(self: Task,
         return powers / powers.sum(-1, keepdims=True)
     return 1 / (1 + np.exp(-logits))
 
-# %% ../nbs/02_multitask.ipynb #80aa44c7
+# %% ../nbs/02_multitask.ipynb #dc7c5473
 def sampling_shares(
     sizes,               # rows in each group
     sampling="proportional", # "proportional", "equal" or "temperature"
     temperature=2.0,     # 1 is proportional, large is equal
 ): # shares, adding up to 1
     "How often each group of rows is drawn. Raises `ValueError` for an unknown sampling. Source: Raffel et al. 2020, section 3.5.2."
+    if temperature < 1: raise ValueError(f"The temperature is {temperature}; it must be 1 or more.")
     powers = {"proportional": 1.0, "equal": 0.0, "temperature": 1/temperature}
     if sampling not in powers: raise ValueError(f"The sampling {sampling!r} is not known. Known are: {', '.join(powers)}.")
     shares = np.asarray(sizes, float)**powers[sampling]
     return shares / shares.sum()
 
-# %% ../nbs/02_multitask.ipynb #56f46e23
+# %% ../nbs/02_multitask.ipynb #6063e88b
 class Batches(keras.utils.PyDataset):
     """Batches of a table for `fit` and `evaluate`: ({"input_ids", "attention_mask"}, labels per task, weights per task).
     Raises `ValueError` for a missing column, an empty text or an unknown label, with row numbers."""
@@ -152,13 +158,15 @@ class Batches(keras.utils.PyDataset):
         self.groups = [np.flatnonzero((has == pattern[:, None]).all(0)) for pattern in np.unique(has, axis=1).T if pattern.any()] # rows without any label are left out
         self.shares, self.vectors = sampling_shares([len(g) for g in self.groups], sampling, temperature), None
         self.start_epoch(0)
+        tops = {self.lengths[b].max() for b in self.batches}
+        self.at_least = max(tops) if len(tops) == 1 else 0
 
     @property
     def num_batches(self): return len(self.batches)
 
     def on_epoch_end(self): self.start_epoch(self.epoch + 1)
 
-# %% ../nbs/02_multitask.ipynb #19b1f963
+# %% ../nbs/02_multitask.ipynb #92fc5a35
 def _draw(group, n, random): # n rows of a group, each equally often, give or take one
     return np.concatenate([np.tile(group, n//len(group)), random.permutation(group)[:n % len(group)]])
 
@@ -182,17 +190,18 @@ def start_epoch(self: Batches,
     rows = random.permutation(rows) if self.shuffle else np.sort(rows)
     if self.shuffle and self.by_length: self.batches = _by_length(rows, self.lengths, self.batch_size, random)
     else: self.batches = [rows[i:i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+    tops = [self.lengths[b].max() for b in self.batches] # a length that the first two batches share, Keras takes for that of all: let them differ
+    other = next((i for i, top in enumerate(tops) if top != tops[0]), None)
+    if other is not None: self.batches[1], self.batches[other] = self.batches[other], self.batches[1]
 
 @patch
 def __getitem__(self: Batches, i):
     rows = self.batches[i]
     if self.vectors is not None: return {"vectors": self.vectors[rows]}, {k: v[rows] for k, v in self.y.items()}, {k: v[rows] for k, v in self.weights.items()}
-    inputs = pad([self.tokens[r] for r in rows], self.pad_id)
-    if i == 0 and len(self.batches) > 1 and self.lengths[rows].max() == self.lengths[self.batches[1]].max():
-        inputs = {k: np.pad(v, ((0, 0), (0, 1)), constant_values=self.pad_id if k == "input_ids" else 0) for k, v in inputs.items()} # Keras takes a length that the first two batches share for fixed
+    inputs = pad([self.tokens[r] for r in rows], self.pad_id, self.at_least)
     return inputs, {k: v[rows] for k, v in self.y.items()}, {k: v[rows] for k, v in self.weights.items()}
 
-# %% ../nbs/02_multitask.ipynb #bd7a8e41
+# %% ../nbs/02_multitask.ipynb #943a02aa
 class MultiTaskSentenceTransformer(keras.Model):
     """One shared encoder and a linear head for each task. Make one with `MultiTaskSentenceTransformer.from_pretrained`.
     Called on `{"input_ids", "attention_mask"}`, (batch, length), it gives a dict: task name → logits (batch, units). Source: Caruana 1997."""
@@ -225,7 +234,7 @@ class MultiTaskSentenceTransformer(keras.Model):
 
     def get_metrics_result(self): # beside each task's metrics, the mean accuracy, for callbacks that watch one number
         result = super().get_metrics_result()
-        accuracies = [value for name, value in result.items() if name.endswith("_accuracy")]
+        accuracies = [value for name, value in result.items() if name == "accuracy" or name.endswith("_accuracy")]
         return {**result, "mean_accuracy": sum(accuracies) / len(accuracies)} if accuracies else result
 
     @cached_property
@@ -234,7 +243,7 @@ class MultiTaskSentenceTransformer(keras.Model):
     @property
     def encoder(self): return self.sentence_transformer.encoder
 
-# %% ../nbs/02_multitask.ipynb #272cb90f
+# %% ../nbs/02_multitask.ipynb #b97287c4
 @keras.saving.register_keras_serializable("mtst")
 class WarmupLinear(keras.optimizers.schedules.LearningRateSchedule):
     "Learning rate that rises linearly to `peak` over the first `warmup` share of the steps, then falls linearly to 0. Source: Devlin et al. 2019, appendix A.2."
@@ -258,7 +267,7 @@ def adamw(
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
 
-# %% ../nbs/02_multitask.ipynb #2abfd57a
+# %% ../nbs/02_multitask.ipynb #ea35ed8d
 @patch
 def compile(self: MultiTaskSentenceTransformer,
     optimizer=None,        # `adamw()` if None
@@ -267,14 +276,14 @@ def compile(self: MultiTaskSentenceTransformer,
     weighted_metrics=None, # dict: task → metrics, to replace a task's own
     **kwargs):             # as in `keras.Model.compile`
     "Set the model up for training; losses, weights and metrics come from the tasks."
-    losses = {name: task.make_loss() for name, task in self.tasks.items()} | (loss or {})
+    losses = {name: keras.losses.get(own) for name, own in ({name: task.make_loss() for name, task in self.tasks.items()} | (loss or {})).items()}
+    self.task_losses, self.loss_weights = losses, {name: task.loss_weight for name, task in self.tasks.items()} | (loss_weights or {})
     if self.balance == "uncertainty": losses = self.uncertainty.wrap(losses, self.tasks)
-    keras.Model.compile(self, optimizer or adamw(), losses,
-        loss_weights={name: task.loss_weight for name, task in self.tasks.items()} | (loss_weights or {}),
+    keras.Model.compile(self, optimizer or adamw(), losses, loss_weights=dict(self.loss_weights),
         weighted_metrics={name: [task.make_metric()] for name, task in self.tasks.items()} | (weighted_metrics or {}), **kwargs)
     if keras.backend.backend() == "tensorflow" and "jit_compile" not in kwargs: self.jit_compile = False # XLA would compile anew for every length of batch
 
-# %% ../nbs/02_multitask.ipynb #637e9be5
+# %% ../nbs/02_multitask.ipynb #4e07eaf9
 class _StartEpoch(keras.callbacks.Callback): # an interrupted and restored training continues in the order of the right epoch
     def __init__(self, batches): super().__init__(); self.batches = batches
     def on_epoch_begin(self, epoch, logs=None):
@@ -282,6 +291,7 @@ class _StartEpoch(keras.callbacks.Callback): # an interrupted and restored train
         for v in self.model.non_trainable_variables: # dropout draws from the seed and a counter, which a backup does not hold
             if "seed_generator" in v.path: v.assign([ops.convert_to_numpy(v)[0], epoch << 20])
 
+# %% ../nbs/02_multitask.ipynb #8939a0cd
 @patch
 def batches(self: MultiTaskSentenceTransformer,
     tables,    # DataFrame, or a list of them, with `text` and a column for each task; a column may be absent from some
@@ -292,6 +302,7 @@ def batches(self: MultiTaskSentenceTransformer,
     body = self.sentence_transformer
     return Batches(pd.concat(tables, ignore_index=True), list(self.tasks.values()), body.tokenize, pad_id=body.tokenizer.pad_token_id, **options)
 
+# %% ../nbs/02_multitask.ipynb #e49b1386
 def _is_tables(x): return isinstance(x, pd.DataFrame) or (isinstance(x, (list, tuple)) and bool(x) and all(isinstance(t, pd.DataFrame) for t in x))
 
 @patch
@@ -308,14 +319,14 @@ def fit(self: MultiTaskSentenceTransformer,
     "Train as Keras does. Raises `ValueError` for bad rows, with their numbers."
     if _is_tables(x): x, batch_size = self.batches(x, batch_size=batch_size or 32, by_length=by_length, sampling=sampling, temperature=temperature, seed=seed), None
     if _is_tables(validation_data): validation_data = self.batches(validation_data, shuffle=False)
-    if not self.sentence_transformer.trainable_variables: # a frozen encoder gives the same vectors in each epoch: compute them once
-        for batches in (x, validation_data):
-            if isinstance(batches, Batches) and batches.vectors is None: batches.vectors = self.sentence_transformer.vectors_of(batches.tokens)
+    frozen = not self.sentence_transformer.trainable_variables # then it gives the same vectors in each epoch: compute them once
+    for batches in (x, validation_data):
+        if isinstance(batches, Batches): batches.vectors = self.sentence_transformer.vectors_of(batches.tokens) if frozen else None
     if isinstance(x, Batches): callbacks, kwargs["shuffle"] = [_StartEpoch(x), *(callbacks or [])], False # else Keras shuffles the batches once more
     if verbose == "auto": verbose = int(sys.stderr.isatty())
     return keras.Model.fit(self, x, *args, batch_size=batch_size, validation_data=validation_data, callbacks=callbacks, verbose=verbose, **kwargs)
 
-# %% ../nbs/02_multitask.ipynb #a89e2f6d
+# %% ../nbs/02_multitask.ipynb #4992a9d9
 @patch
 def logits(self: MultiTaskSentenceTransformer,
     texts,         # a list of strings
@@ -336,6 +347,7 @@ def _answers(task, logits): # a DataFrame with the answer of one task, and how s
     else: answer, sure = ["|".join(l for l, x in zip(task.labels, row) if x > 0.5) for row in p], np.where(p > 0.5, p, 1 - p).min(1)
     return pd.DataFrame({task.name: answer, f"{task.name}_probability": sure})
 
+# %% ../nbs/02_multitask.ipynb #4e7e80cd
 @patch
 def predict(self: MultiTaskSentenceTransformer,
     x,             # a string, or an iterable of strings; or anything that Keras takes
@@ -344,7 +356,8 @@ def predict(self: MultiTaskSentenceTransformer,
     **kwargs,
 ): # DataFrame: the text, and for each task its label and that label's probability
     "Label texts. Raises `TypeError` with the position of a text that is no string."
-    if not isinstance(x, (str, pd.Series)) and not (isinstance(x, (list, tuple)) and (not x or isinstance(x[0], (str, type(None), float)))): return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
+    arrays = isinstance(x, (dict, keras.utils.PyDataset)) or (hasattr(x, "dtype") and not isinstance(x, pd.Series) and getattr(x.dtype, "kind", "f") not in "OUT")
+    if arrays: return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
     texts = list(_checked([x] if isinstance(x, str) else x))
     quiet = not sys.stderr.isatty() if show_progress_bar is None else not show_progress_bar
     with tqdm(total=len(texts), unit="text", desc="Predicting", disable=quiet) as bar:
@@ -352,7 +365,7 @@ def predict(self: MultiTaskSentenceTransformer,
     whole = {name: np.concatenate([np.zeros((0, task.units), "float32"), *(p[name] for p in parts)]) for name, task in self.tasks.items()}
     return pd.concat([pd.DataFrame({"text": texts}), *(_answers(task, whole[name]) for name, task in self.tasks.items())], axis=1)
 
-# %% ../nbs/02_multitask.ipynb #de9fd4ae
+# %% ../nbs/02_multitask.ipynb #f8c0ace8
 @dataclass
 class Evaluation:
     "What `MultiTaskSentenceTransformer.evaluate` found on a table."
@@ -373,6 +386,7 @@ class Evaluation:
             ax.set(xticks=range(len(matrix)), yticks=range(len(matrix)), xticklabels=matrix.columns, yticklabels=matrix.index, xlabel="predicted", ylabel="true", title=name)
         return fig
 
+# %% ../nbs/02_multitask.ipynb #26d737dc
 @patch
 def evaluate(self: MultiTaskSentenceTransformer,
     x=None,        # DataFrame with `text` and the tasks' columns; or anything that Keras takes
@@ -386,7 +400,8 @@ def evaluate(self: MultiTaskSentenceTransformer,
     for name, task in self.tasks.items():
         y, weights = task.encode_labels(x[name])
         true, p = y[weights > 0], task.probabilities(found[name])[weights > 0]
-        if task.kind == "regression": rows[name] = {"rows": len(true), "mean_absolute_error": np.abs(true - p).mean()}
+        if not len(true): rows[name] = {"rows": 0}
+        elif task.kind == "regression": rows[name] = {"rows": len(true), "mean_absolute_error": np.abs(true - p).mean()}
         elif task.kind == "multilabel": rows[name] = {"rows": len(true), "accuracy": (true == (p > .5)).mean(), "macro_f1": f1_score(true, p > .5, average="macro", zero_division=0)}
         else:
             true, guess, every = true.ravel().astype(int), p.argmax(1), range(len(task.labels))
@@ -394,7 +409,7 @@ def evaluate(self: MultiTaskSentenceTransformer,
             confusion[name] = pd.DataFrame(confusion_matrix(true, guess, labels=list(every)), task.labels, task.labels)
     return Evaluation(pd.DataFrame.from_dict(rows, orient="index"), confusion)
 
-# %% ../nbs/02_multitask.ipynb #d468c28a
+# %% ../nbs/02_multitask.ipynb #a2ed81c6
 @patch
 def write_files(self: MultiTaskSentenceTransformer,
     folder, # an existing folder, as a `Path`
@@ -406,6 +421,7 @@ def write_files(self: MultiTaskSentenceTransformer,
     save_file(heads, folder/"heads.safetensors")
     _write_json(folder/"tasks.json", {"tasks": [asdict(task) for task in self.tasks.values()], "dropout": self.head_dropout.rate})
 
+# %% ../nbs/02_multitask.ipynb #b6361536
 @patch
 def save_pretrained(self: MultiTaskSentenceTransformer,
     folder, # a new or empty folder, or one with an earlier checkpoint
@@ -414,6 +430,7 @@ def save_pretrained(self: MultiTaskSentenceTransformer,
     with whole_folder(folder) as part: self.write_files(part)
     return Path(folder)
 
+# %% ../nbs/02_multitask.ipynb #39fe6ffd
 @patch(cls_method=True)
 def from_pretrained(cls: MultiTaskSentenceTransformer,
     name_or_folder=None, # a folder saved by mtst, with its heads; or any BERT checkpoint, for new heads
@@ -422,16 +439,31 @@ def from_pretrained(cls: MultiTaskSentenceTransformer,
     **kwargs,            # as in `SentenceTransformer.from_pretrained`
 ): # a `MultiTaskSentenceTransformer`
     "Load an encoder with its heads, or with new heads for `tasks`. Raises `FileNotFoundError` or `ValueError` that says what is missing."
-    from safetensors.numpy import load_file
     folder = find_checkpoint(name_or_folder, kwargs.pop("revision", None), kwargs.pop("local_files_only", False))
     body, saved = SentenceTransformer.from_pretrained(folder, **kwargs), read_json(folder/"tasks.json")
     if tasks is not None: return cls(body, tasks, balance=balance)
     if saved is None: raise ValueError(f"{folder} is an encoder without heads. Say what it is to learn: tasks=[Task('sentiment', ['negative', 'positive'])].")
-    model, heads = cls(body, [Task(**t) for t in saved["tasks"]], dropout=saved["dropout"], balance=balance), load_file(folder/"heads.safetensors")
-    for name, head in model.heads.items(): head.set_weights([heads[f"{name}.kernel"], heads[f"{name}.bias"]])
+    try: tasks, dropout = [Task(**t) for t in saved["tasks"]], saved["dropout"]
+    except (KeyError, TypeError) as e: raise ValueError(f"{folder/'tasks.json'} is damaged: {e}. Save the model again.") from e
+    model = cls(body, tasks, dropout=dropout, balance=balance)
+    _load_heads(model, folder/"heads.safetensors")
     return model
 
-# %% ../nbs/02_multitask.ipynb #4c49e1f3
+# %% ../nbs/02_multitask.ipynb #dbf09f86
+def _load_heads(model, file):
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+    if not file.is_file(): raise FileNotFoundError(f"{file.parent} lacks {file.name}, the weights of the heads. Save the model again.")
+    try: weights = load_file(file)
+    except SafetensorError as e: raise ValueError(f"{file} is damaged or cut short ({e}). Save the model again.") from e
+    for name, head in model.heads.items():
+        for part, variable in (("kernel", head.kernel), ("bias", head.bias)):
+            found = weights.get(f"{name}.{part}")
+            if found is None: raise ValueError(f"{file} has no weight {name}.{part}. Save the model again.")
+            if found.shape != tuple(variable.shape): raise ValueError(f"{file}: {name}.{part} has the shape {found.shape}; the task asks for {tuple(variable.shape)}.")
+            variable.assign(found)
+
+# %% ../nbs/02_multitask.ipynb #0a6d725d
 @patch
 def with_task(self: MultiTaskSentenceTransformer,
     task, # a `Task`
@@ -448,26 +480,32 @@ def without_task(self: MultiTaskSentenceTransformer,
     if name not in self.tasks: raise ValueError(f"The model has no task {name!r}. Its tasks are: {', '.join(self.tasks)}.")
     return MultiTaskSentenceTransformer(self.sentence_transformer, [t for n, t in self.tasks.items() if n != name], dict(self.heads), self.head_dropout.rate, self.balance)
 
-# %% ../nbs/02_multitask.ipynb #9fdf593d
+# %% ../nbs/02_multitask.ipynb #1f27c44e
 class UncertaintyWeighting(layers.Layer):
-    "A learned log-variance for each task. `wrap` turns the tasks' losses into weighted ones. Source: Kendall, Gal & Cipolla 2018, section 3.2."
-    def __init__(self, tasks, **kwargs):
+    """A learned log-variance for each task. `wrap` turns the tasks' losses into weighted ones. The log-variance is `speed` times a variable,
+    so that it can move at an encoder's small learning rate. Source: Kendall, Gal & Cipolla 2018, section 3.2."""
+    def __init__(self, tasks, speed=100.0, **kwargs):
         super().__init__(**kwargs)
-        self.log_variances = [self.add_weight(shape=(), initializer="zeros", name=f"log_variance_{i}") for i in range(tasks)]
+        self.speed = speed
+        self.variables_ = [self.add_weight(shape=(), initializer="zeros", name=f"log_variance_{i}") for i in range(tasks)]
+
+    @property
+    def log_variances(self): return [float(self.speed*ops.convert_to_numpy(v)) for v in self.variables_]
 
     def wrap(self, losses, tasks): # dict: task → loss, dict: task → `Task`
-        return {name: _UncertaintyLoss(losses[name], s, task.kind == "regression") for s, (name, task) in zip(self.log_variances, tasks.items())}
+        return {name: _UncertaintyLoss(losses[name], v, self.speed, task.kind == "regression") for v, (name, task) in zip(self.variables_, tasks.items())}
 
 class _UncertaintyLoss(keras.losses.Loss):
-    def __init__(self, loss, log_variance, regression):
+    def __init__(self, loss, variable, speed, regression):
         super().__init__(name=loss.name, reduction="mean_with_sample_weight")
-        self.loss, self.log_variance, self.factor = loss, log_variance, 0.5 if regression else 1.0
+        self.loss, self.variable, self.speed, self.factor = loss, variable, speed, 0.5 if regression else 1.0
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         labelled = 1.0 if sample_weight is None else ops.cast(ops.sum(sample_weight) > 0, "float32") # a batch without this task says nothing about its noise
-        return self.factor*ops.exp(-self.log_variance)*self.loss(y_true, y_pred, sample_weight) + labelled*self.log_variance/2
+        s = self.speed*self.variable
+        return self.factor*ops.exp(-s)*self.loss(y_true, y_pred, sample_weight) + labelled*s/2
 
-# %% ../nbs/02_multitask.ipynb #ced1f1d5
+# %% ../nbs/02_multitask.ipynb #20664835
 def _dot(a, b): return sum(ops.sum(x*y) for x, y in zip(a, b))
 
 def project_conflicts(
@@ -483,22 +521,23 @@ def project_conflicts(
         projected.append(gradient)
     return [sum(parts) for parts in zip(*projected)]
 
+# %% ../nbs/02_multitask.ipynb #4338559a
 def _pcgrad_step(model, data): # a training step that projects the tasks' gradients on the encoder
     import tensorflow as tf
     x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
     weights = weights or {}
+    shared, own = model.sentence_transformer.trainable_variables, [v for head in model.heads.values() for v in head.trainable_variables]
     with tf.GradientTape(persistent=True) as tape:
         predictions = model(x, training=True)
-        losses = [task.loss_weight * task.make_loss()(y[name], predictions[name], weights.get(name)) for name, task in model.tasks.items()]
-    shared, own = model.sentence_transformer.trainable_variables, [v for head in model.heads.values() for v in head.trainable_variables]
-    by_task = [[tf.convert_to_tensor(g) for g in tape.gradient(loss, shared)] for loss in losses] if shared else []
+        losses = [model.loss_weights[name] * loss(y[name], predictions[name], weights.get(name)) for name, loss in model.task_losses.items()]
+        loss = model.compute_loss(x, y, predictions, weights) # their sum
+    by_task = [[tf.convert_to_tensor(g) for g in tape.gradient(one, shared)] for one in losses] if shared else []
     combined = project_conflicts(by_task) if shared else []
-    model.optimizer.apply([*combined, *tape.gradient(sum(losses), own)], [*shared, *own])
-    loss = model.compute_loss(x, y, predictions, weights)
-    next(m for m in model.metrics if m.name == "loss").update_state(loss, sample_weight=tf.shape(x["input_ids"])[0])
+    model.optimizer.apply([*combined, *tape.gradient(loss, own)], [*shared, *own])
+    next(m for m in model.metrics if m.name == "loss").update_state(loss, sample_weight=tf.shape(next(iter(x.values())))[0])
     return model.compute_metrics(x, y, predictions, sample_weight=weights)
 
-# %% ../nbs/02_multitask.ipynb #d48fdd4d
+# %% ../nbs/02_multitask.ipynb #22081946
 def task_gradients(
     model, # a `MultiTaskSentenceTransformer`
     batch, # (inputs, labels, weights), such as `Batches` gives
@@ -520,6 +559,7 @@ def task_gradients(
     wanted = [i for i, v in enumerate(model.trainable_variables) if any(v is e for e in model.encoder.variables)]
     return {name: [np.asarray(g) for i, g in enumerate(jax.grad(of)(trainable, name)) if i in wanted] for name in model.tasks}
 
+# %% ../nbs/02_multitask.ipynb #4aa92373
 def gradient_conflict(
     model, # a `MultiTaskSentenceTransformer`
     batch, # (inputs, labels, weights), such as `Batches` gives
@@ -533,6 +573,7 @@ def gradient_conflict(
         rows[part] = {f"{a} · {b}": float(flat[a] @ flat[b] / max(np.linalg.norm(flat[a])*np.linalg.norm(flat[b]), 1e-20)) for i, a in enumerate(names) for b in names[i + 1:]}
     return pd.DataFrame.from_dict(rows, orient="index")
 
+# %% ../nbs/02_multitask.ipynb #70913935
 class ConflictMeter(keras.callbacks.Callback):
     "Record `gradient_conflict` on a fixed batch before training and after each epoch; `.table` has the rows, `.plot()` draws them."
     def __init__(self,

@@ -6,7 +6,7 @@
 __all__ = ['Embeddings', 'attention_bias', 'SelfAttention', 'TransformerLayer', 'BertEncoder', 'checkpoint_names', 'load_weights',
            'masked_mean', 'pool', 'SentenceTransformer', 'pad', 'batches_by_length', 'compiled']
 
-# %% ../nbs/01_sentence_transformer.ipynb #ce881174
+# %% ../nbs/01_sentence_transformer.ipynb #aa3b7b28
 import itertools, json, sys
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ with quietly():
     from keras import layers, ops
     from transformers import AutoConfig, AutoTokenizer
 
-# %% ../nbs/01_sentence_transformer.ipynb #517b8c64
+# %% ../nbs/01_sentence_transformer.ipynb #eb0a5e0b
 class Embeddings(layers.Layer):
     """Word, position and segment vectors added up and layer-normalised.
     `input_ids` (batch, length), integers → (batch, length, width). Source: Devlin et al. 2019, section 3."""
@@ -35,7 +35,7 @@ class Embeddings(layers.Layer):
         tokens = self.word(input_ids) + self.position(positions) + self.segment(segment_ids)
         return self.dropout(self.norm(tokens), training=training)
 
-# %% ../nbs/01_sentence_transformer.ipynb #3d46ee6e
+# %% ../nbs/01_sentence_transformer.ipynb #7e8ae822
 def attention_bias(
     mask,  # 1 for a real token, 0 for padding, (batch, length)
     dtype, # the dtype of the attention scores
@@ -43,7 +43,7 @@ def attention_bias(
     "What to add to attention scores so that no token looks at padding. -30,000 is still a number in float16; minus infinity would give NaN for a row of padding only."
     return (1 - ops.cast(mask, dtype))[:, None, None, :] * -3e4
 
-# %% ../nbs/01_sentence_transformer.ipynb #097b5c1d
+# %% ../nbs/01_sentence_transformer.ipynb #adb83353
 class SelfAttention(layers.Layer):
     """Multi-head self-attention. (batch, length, width) → the same shape. Raises `ValueError` if `heads` does not divide `width`. Source: Vaswani et al. 2017, section 3.2."""
     def __init__(self, width, heads, dropout=0.1, **kwargs):
@@ -65,7 +65,7 @@ class SelfAttention(layers.Layer):
         mixed = ops.matmul(self.dropout(weights, training=training), value)
         return self.out(ops.reshape(ops.transpose(mixed, (0, 2, 1, 3)), ops.shape(tokens)))
 
-# %% ../nbs/01_sentence_transformer.ipynb #648aa439
+# %% ../nbs/01_sentence_transformer.ipynb #3b642066
 _activations = {
     "gelu": lambda x: ops.gelu(x, approximate=False), "gelu_new": lambda x: ops.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: ops.gelu(x, approximate=True), "relu": ops.relu}
@@ -87,7 +87,7 @@ class TransformerLayer(layers.Layer):
         inner = self.activation(self.up(tokens))
         return self.output_norm(tokens + self.dropout(self.down(inner), training=training))
 
-# %% ../nbs/01_sentence_transformer.ipynb #4e1108ed
+# %% ../nbs/01_sentence_transformer.ipynb #586a9b2f
 class BertEncoder(layers.Layer):
     """BERT's embeddings and its stack of layers, built from a `BertConfig`.
     `input_ids`, `attention_mask` (batch, length) → token vectors (batch, length, width). Raises `ValueError` for an unknown activation. Source: Devlin et al. 2019."""
@@ -108,7 +108,7 @@ class BertEncoder(layers.Layer):
         for layer in self.transformer_layers: tokens = layer(tokens, bias, training=learns(layer))
         return tokens
 
-# %% ../nbs/01_sentence_transformer.ipynb #8d84aa71
+# %% ../nbs/01_sentence_transformer.ipynb #e4495068
 def checkpoint_names(
     encoder, # a built `BertEncoder`
 ): # list of (variable, names in the checkpoint); several names: side by side along the last axis
@@ -125,7 +125,7 @@ def checkpoint_names(
         pairs += dense(layer.up, at+"intermediate.dense") + dense(layer.down, at+"output.dense") + norm(layer.output_norm, at+"output.LayerNorm")
     return pairs
 
-# %% ../nbs/01_sentence_transformer.ipynb #f83e85d6
+# %% ../nbs/01_sentence_transformer.ipynb #0a97abe2
 _unused = ("pooler.", "cls.", "embeddings.position_ids") # parts of BERT that a sentence vector does not need
 
 def _plain(name): # the name in a checkpoint → the name in today's spelling
@@ -133,7 +133,7 @@ def _plain(name): # the name in a checkpoint → the name in today's spelling
 
 def _is_matrix(name): return name.endswith(".weight") and "embeddings" not in name and "LayerNorm" not in name # stored (out, in); Keras has (in, out)
 
-# %% ../nbs/01_sentence_transformer.ipynb #17aad8d2
+# %% ../nbs/01_sentence_transformer.ipynb #3f6dd869
 def load_weights(
     encoder, # a built `BertEncoder`
     weights, # dict: name in the checkpoint → array
@@ -153,7 +153,7 @@ def load_weights(
         variable.assign(np.concatenate(parts, axis=-1))
     return {name: weights[name] for name in weights if name not in wanted}
 
-# %% ../nbs/01_sentence_transformer.ipynb #2d36ee06
+# %% ../nbs/01_sentence_transformer.ipynb #9f4dad7e
 def masked_mean(
     tokens, # token vectors, (batch, length, width)
     mask,   # 1 for a real token, 0 for padding, (batch, length)
@@ -162,7 +162,7 @@ def masked_mean(
     mask = ops.cast(ops.expand_dims(mask, -1), tokens.dtype)
     return ops.sum(tokens*mask, 1) / ops.maximum(ops.sum(mask, 1), 1)
 
-# %% ../nbs/01_sentence_transformer.ipynb #055bef9d
+# %% ../nbs/01_sentence_transformer.ipynb #14835fcd
 def pool(
     tokens,      # token vectors, (batch, length, width)
     mask,        # 1 for a real token, 0 for padding, (batch, length)
@@ -174,7 +174,7 @@ def pool(
     if mode == "max": return ops.max(ops.where(ops.cast(ops.expand_dims(mask, -1), "bool"), tokens, ops.cast(-3e4, tokens.dtype)), 1)
     raise ValueError(f"The pooling mode {mode!r} is not known. Known are: mean, cls, max.")
 
-# %% ../nbs/01_sentence_transformer.ipynb #b92103fa
+# %% ../nbs/01_sentence_transformer.ipynb #bc29ef11
 class SentenceTransformer(keras.Model):
     """Text → vector: a tokeniser, a `BertEncoder` and a pooling. Make one with `SentenceTransformer.from_pretrained`.
     Called on `{"input_ids", "attention_mask"}`, integers of shape (batch, length), it gives (batch, width). Source: Reimers & Gurevych 2019."""
@@ -190,7 +190,7 @@ class SentenceTransformer(keras.Model):
         self.encoder, self.tokenizer, self.pooling, self.normalize, self.do_lower_case = encoder, tokenizer, pooling, normalize, do_lower_case
         self.max_seq_length = min(max_seq_length or tokenizer.model_max_length, encoder.config.max_position_embeddings)
         self.unused_weights = {} # what the checkpoint has beside; saved again, so that nothing is lost
-        pool(np.zeros((1, 1, 1)), np.ones((1, 1)), pooling) # an unknown mode is refused here
+        pool(np.zeros((1, 1, 1), "float32"), np.ones((1, 1), "float32"), pooling) # an unknown mode is refused here
         self({"input_ids": np.zeros((1, 2), "int32"), "attention_mask": np.ones((1, 2), "int32")}) # creates the weights
 
     def build(self, *shapes): self.built = True # each layer builds itself when it is first called, just above
@@ -208,7 +208,7 @@ class SentenceTransformer(keras.Model):
     @property
     def width(self): return self.encoder.config.hidden_size
 
-# %% ../nbs/01_sentence_transformer.ipynb #7f550c75
+# %% ../nbs/01_sentence_transformer.ipynb #5fc556fb
 def _modules(folder): # the settings in modules.json and 1_Pooling; without them, what sentence-transformers assumes: mean, not normalised
     pooling, normalize = "mean", False
     for module in read_json(folder/"modules.json", []):
@@ -221,7 +221,7 @@ def _modules(folder): # the settings in modules.json and 1_Pooling; without them
         elif kind != "Transformer": raise ValueError(f"The model has a module {kind!r}, which mtst does not build. It builds Transformer, Pooling and Normalize.")
     return dict(pooling=pooling, normalize=normalize)
 
-# %% ../nbs/01_sentence_transformer.ipynb #c5c8aaeb
+# %% ../nbs/01_sentence_transformer.ipynb #55a87a2e
 def _config(folder):
     raw = read_json(folder/"config.json")
     if raw is None: raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint.")
@@ -234,7 +234,7 @@ def _tokenizer(folder):
         raise FileNotFoundError(f"{folder} has no tokeniser. Put the model's tokenizer.json (or vocab.txt) into it.")
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
-# %% ../nbs/01_sentence_transformer.ipynb #1e64e2f0
+# %% ../nbs/01_sentence_transformer.ipynb #c2b821be
 @patch(cls_method=True)
 def from_pretrained(cls: SentenceTransformer,
     name_or_folder=None,    # a local folder or a name on the Hub; all-MiniLM-L6-v2 if None
@@ -252,13 +252,14 @@ def from_pretrained(cls: SentenceTransformer,
     model.unused_weights = load_weights(model.encoder, weights)
     return model
 
-# %% ../nbs/01_sentence_transformer.ipynb #d9115522
+# %% ../nbs/01_sentence_transformer.ipynb #93fca449
 def pad(
     token_lists, # a list of token ids per text
     pad_id=0,    # the tokeniser's padding token
+    at_least=0,  # the length that the rectangle has at least
 ): # dict of int32 arrays, (batch, length)
     "Make a rectangle of token lists, with the mask that tells tokens from padding."
-    shape = len(token_lists), max(map(len, token_lists), default=0)
+    shape = len(token_lists), max([at_least, *map(len, token_lists)])
     input_ids, mask = np.full(shape, pad_id, "int32"), np.zeros(shape, "int32")
     for row, tokens in enumerate(token_lists): input_ids[row, :len(tokens)], mask[row, :len(tokens)] = tokens, 1
     return {"input_ids": input_ids, "attention_mask": mask}
@@ -271,7 +272,7 @@ def batches_by_length(
     order = np.argsort(-np.asarray(lengths, "int64"), kind="stable")
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
-# %% ../nbs/01_sentence_transformer.ipynb #69e38f12
+# %% ../nbs/01_sentence_transformer.ipynb #9acc5c46
 def _checked(texts):
     if isinstance(texts, (bytes, dict)) or not hasattr(texts, "__iter__") or hasattr(texts, "columns"):
         raise TypeError(f"encode takes a string or an iterable of strings, not {type(texts).__name__}." + (" Give one column, such as table['text']." if hasattr(texts, "columns") else ""))
@@ -286,7 +287,7 @@ def _chunks(iterable, size):
     iterator = iter(iterable)
     while chunk := list(itertools.islice(iterator, size)): yield chunk
 
-# %% ../nbs/01_sentence_transformer.ipynb #9245cd34
+# %% ../nbs/01_sentence_transformer.ipynb #19cad2ff
 def compiled(
     function, # function: {"input_ids", "attention_mask"} → arrays
     model,    # the `keras.Model` whose weights it uses
@@ -302,7 +303,7 @@ def compiled(
     fast = jax.jit(stateless)
     return lambda inputs: fast([v.value for v in model.variables], inputs)
 
-# %% ../nbs/01_sentence_transformer.ipynb #445f60e8
+# %% ../nbs/01_sentence_transformer.ipynb #f31ecec6
 @patch
 def tokenize(self: SentenceTransformer,
     texts, # a list of strings
@@ -331,7 +332,7 @@ def _encode_chunk(self: SentenceTransformer, texts, batch_size, normalize, trunc
     if self.normalize: vectors = _unit(vectors)
     return _unit(vectors[:, :truncate_dim]) if normalize else vectors[:, :truncate_dim]
 
-# %% ../nbs/01_sentence_transformer.ipynb #3e53de01
+# %% ../nbs/01_sentence_transformer.ipynb #d3aaa7a4
 def _in_memory(chunks, width):
     vectors = np.empty((0, width), "float32")
     for chunk in chunks:
@@ -352,7 +353,7 @@ def _to_file(path, chunks, width):
         header(file, rows)
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
-# %% ../nbs/01_sentence_transformer.ipynb #a6239e70
+# %% ../nbs/01_sentence_transformer.ipynb #1ba8b0a8
 @patch
 def encode(self: SentenceTransformer,
     sentences,                  # a string, or any iterable of strings
@@ -380,7 +381,7 @@ def encode(self: SentenceTransformer,
     with bar: vectors = _in_memory(chunks(), width) if output_file is None else _to_file(output_file, chunks(), width)
     return vectors[0] if single else vectors
 
-# %% ../nbs/01_sentence_transformer.ipynb #7ec28c6d
+# %% ../nbs/01_sentence_transformer.ipynb #f49dd0be
 @patch
 def similarity(self: SentenceTransformer,
     a, # vectors, (n, width) or (width,)
@@ -406,7 +407,7 @@ def nearest(self: SentenceTransformer,
         found.append([(int(row), float(scores[row])) for row in best])
     return found[0] if isinstance(query, str) else found
 
-# %% ../nbs/01_sentence_transformer.ipynb #9e7fb154
+# %% ../nbs/01_sentence_transformer.ipynb #3a175e8b
 def _checkpoint_weights(model): # our variables under the checkpoint's names
     weights = {k: np.ascontiguousarray(w) for k, w in model.unused_weights.items()}
     for variable, names in checkpoint_names(model.encoder):
@@ -418,6 +419,7 @@ def _write_json(path, content):
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
+# %% ../nbs/01_sentence_transformer.ipynb #96b93bf2
 @patch
 def write_files(self: SentenceTransformer,
     folder, # an existing folder, as a `Path`
@@ -437,6 +439,7 @@ def write_files(self: SentenceTransformer,
     _write_json(folder/"1_Pooling"/"config.json", {"word_embedding_dimension": self.width, **{f"pooling_mode_{m}": mode == self.pooling for mode, m in modes.items()}})
     if self.normalize: (folder/"2_Normalize").mkdir(exist_ok=True)
 
+# %% ../nbs/01_sentence_transformer.ipynb #4d697424
 @patch
 def save_pretrained(self: SentenceTransformer,
     folder, # a new or empty folder, or one with an earlier checkpoint
