@@ -62,7 +62,7 @@ def _task(spec, table):
     if not kind and len(labels) > 50: raise ValueError(f"The column {name!r} has {len(labels)} different values, too many for classes. If it holds numbers, say --task {name}:regression.")
     return Task(name, None if kind == "regression" else labels, kind or "classification")
 
-# %% ../nbs/05_cli.ipynb #91c508eb
+# %% ../nbs/05_cli.ipynb #beca039c
 def train(args):
     "Train an encoder and a head for each task on a table, and save the model."
     from mtst import MultiTaskSentenceTransformer, read_table
@@ -82,7 +82,7 @@ def train(args):
     print(f"Training on {len(rows):,} rows, testing on {len(test):,}: " + ", ".join(f"{t.name} ({len(t.labels)} labels)" if t.labels else f"{t.name} (a number)" for t in tasks))
     model.sentence_transformer.trainable, epochs = not args.freeze, args.epochs if args.epochs is not None else 15 if args.freeze else 3
     batches = model.batches(rows, batch_size=args.batch_size, seed=args.seed)
-    model.compile(adamw(args.learning_rate or (1e-3 if args.freeze else 5e-5), steps=epochs*len(batches.batches)))
+    model.compile(adamw(args.learning_rate or (2e-3 if args.freeze else 5e-5), steps=epochs*batches.num_batches))
     began = time.perf_counter()
     model.fit(batches, epochs=epochs)
     print(f"{time.perf_counter() - began:.0f} s. Saved in {model.save_pretrained(args.out)}. On the test rows:\n{model.evaluate(test)}")
@@ -104,21 +104,22 @@ def predict(args):
         with whole_file(args.out) as part: found.to_csv(part, index=False)
         print(f"{args.out}: {len(found):,} rows")
 
-# %% ../nbs/05_cli.ipynb #492b1870
+# %% ../nbs/05_cli.ipynb #956ac7a3
 def demo(args):
     "Train two heads on one frozen encoder with real reviews, test them, and save everything."
     from mtst import MultiTaskSentenceTransformer, Task, load_reviews
     from mtst.checkpoint import whole_file, whole_folder
     from mtst.data import DOMAINS, SENTIMENTS
-    from mtst.multitask import keras
+    from mtst.multitask import adamw, keras
     began = time.perf_counter()
     train, test = load_reviews(args.source)
     print(f"{len(train):,} reviews to train on, {len(test):,} to test on: {train.attrs['source']}")
     keras.utils.set_random_seed(0)
     model = MultiTaskSentenceTransformer.from_pretrained(args.model, tasks=[Task("domain", DOMAINS), Task("sentiment", SENTIMENTS)])
     model.sentence_transformer.trainable = False # the heads learn, the encoder stays; see Task 3
-    model.compile(keras.optimizers.AdamW(0.001))
-    model.fit(train, epochs=args.epochs)
+    batches = model.batches(train)
+    model.compile(adamw(2e-3, steps=args.epochs*batches.num_batches))
+    model.fit(batches, epochs=args.epochs)
     evaluation, seconds = model.evaluate(test), time.perf_counter() - began
     print(f"\n{evaluation}\n\nLoaded, trained and tested in {seconds:.0f} s. The seed's two sentences, and two reviews:\n")
     shown = model.predict(["This is a test sentence.", "Transformers are powerful models for NLP tasks.", "The soup was cold and the waiter was rude.", "Great screen, and the battery lasts two days!"])
@@ -140,7 +141,7 @@ def download(args):
     except FileNotFoundError: folder = download_default()
     print(f"The default encoder is in {folder}")
 
-# %% ../nbs/05_cli.ipynb #f61672a8
+# %% ../nbs/05_cli.ipynb #075caca7
 def _parser():
     parser = argparse.ArgumentParser("mtst", description="Multi-task sentence transformers: one encoder, several things to predict.")
     parser.add_argument("--version", action="version", version=f"mtst {mtst.__version__}")
@@ -167,7 +168,7 @@ def _parser():
     add("--out", required=True, help="folder for the model"); add("--text", default="text", help="the column of texts (default: text)")
     add("--test", help="a second table to test on (default: a tenth of the rows is set aside)"); add("--model", **model)
     add("--epochs", type=int, help="passes over the table (default: 3; 15 with --freeze)"); add("--batch-size", type=int, default=32, help="rows per step (default: 32)")
-    add("--learning-rate", type=float, help="peak learning rate (default: 5e-5; 1e-3 with --freeze)")
+    add("--learning-rate", type=float, help="peak learning rate (default: 5e-5; 2e-3 with --freeze)")
     add("--freeze", action="store_true", help="train the heads only: much faster"); add("--seed", type=int, default=0, help="of all that is random (default: 0)")
     add = command(predict, "label texts with a trained model")
     add("model", help="folder of a trained model"); add("texts", nargs="*", help="texts; without any, lines of standard input")

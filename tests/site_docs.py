@@ -1,35 +1,21 @@
 """How nbdev_docs documents what a notebook exports; settings.ini names both classes.
 
 By itself nbdev runs every cell with an import in it, also one that needs a trained model; links to sources at an empty `git_url`; keeps nothing
-but title and description of a page's first cell; links to private names, which no page shows; and leaves out
-what a function returns."""
-import ast, inspect, re
-from textwrap import dedent
+but title and description of a page's first cell; and shows the head of a function twice where its source is shown, as it is on all pages here."""
+import re
 from execnb.nbio import mk_cell
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.processors import exec_show_docs, _is_showdoc
 from nbdev.showdoc import BasicMarkdownRenderer
 
-def _returned(function):
-    "The comment at the end of a function's head, after `): #`."
-    source = dedent(inspect.getsource(function))
-    before_body = ast.parse(source).body[0].body[0].lineno - 2
-    return source.splitlines()[before_body].partition("): # ")[2]
-
 class Links(NbdevLookup):
     "Symbol → page, for the names that have a place on a page."
     def __getitem__(self, name): return None if re.search(r"(^|\.)_", name) else super().__getitem__(name)
 
 class Renderer(BasicMarkdownRenderer):
-    "Signature with the comments on arguments and result, then the docstring; a link to the source if settings.ini has a `git_url`."
-    def _repr_markdown_(self):
-        signature = str(self.dm).replace(":NoneType=", "=")
-        if inspect.isclass(self.sym): signature = signature.replace("def ", "class ", 1)
-        elif returned := _returned(self.sym): signature += f" # {returned}"
-        links = Links()
-        source = f"[source]({links.code(self.nm)})\n\n" if get_config().git_url else ""
-        return f"---\n\n### {self.nm}\n\n{source}```{{.python .signature}}\n{signature}\n```\n\n{links.linkify(self.docs) or ''}"
+    "A heading to link to, and the way to the source if settings.ini has a `git_url`. The code of an exported cell, with all comments on its arguments, stands below."
+    def _repr_markdown_(self): return f"### {self.nm}\n\n" + (f"[source]({Links().code(self.nm)})" if get_config().git_url else "")
 
 class show_docs(exec_show_docs):
     "Run the `show_doc` cells, and nothing else, on the module that the notebook exports."

@@ -74,6 +74,7 @@ def test_heads_on_the_frozen_encoder_read_the_published_reviews(data, model):
     import keras
     from mtst import MultiTaskSentenceTransformer, Task, load_reviews
     from mtst.data import DOMAINS, SENTIMENTS
+    from mtst.multitask import adamw
     train, test = load_reviews("uci")
     tasks, scores = [Task("domain", DOMAINS), Task("sentiment", SENTIMENTS)], []
     model.trainable = False
@@ -81,10 +82,11 @@ def test_heads_on_the_frozen_encoder_read_the_published_reviews(data, model):
         for seed in range(3):
             keras.utils.set_random_seed(seed)
             heads = MultiTaskSentenceTransformer(model, tasks)
-            heads.compile("adamw")
-            heads.fit(train, epochs=15, seed=seed)
+            batches = heads.batches(train, seed=seed)
+            heads.compile(adamw(2e-3, steps=15*batches.num_batches))
+            heads.fit(batches, epochs=15)
             scores.append(heads.evaluate(test).scores.accuracy)
     finally: model.trainable = True
     mean = sum(scores) / 3
     print(f"\ndomain {mean['domain']:.4f}, sentiment {mean['sentiment']:.4f}")
-    assert mean["domain"] >= 0.885 and mean["sentiment"] >= 0.895 # measured 0.893 and 0.901; half a point is for other processors
+    assert mean["domain"] >= 0.885 and mean["sentiment"] >= 0.895 # half a point below what was measured, for other processors
