@@ -73,8 +73,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                           'mtst/multitask.py'),
                                 'mtst.multitask.MultiTaskSentenceTransformer.fit': ( 'multitask.html#multitasksentencetransformer.fit',
                                                                                      'mtst/multitask.py'),
-                                'mtst.multitask.MultiTaskSentenceTransformer.forward': ( 'multitask.html#multitasksentencetransformer.forward',
-                                                                                         'mtst/multitask.py'),
                                 'mtst.multitask.MultiTaskSentenceTransformer.from_pretrained': ( 'multitask.html#multitasksentencetransformer.from_pretrained',
                                                                                                  'mtst/multitask.py'),
                                 'mtst.multitask.MultiTaskSentenceTransformer.get_metrics_result': ( 'multitask.html#multitasksentencetransformer.get_metrics_result',

@@ -6,16 +6,15 @@
 __all__ = ['Task', 'sampling_shares', 'Batches', 'MultiTaskSentenceTransformer', 'WarmupLinear', 'adamw', 'Evaluation',
            'UncertaintyWeighting', 'project_conflicts', 'task_gradients', 'gradient_conflict', 'ConflictMeter']
 
-# %% ../nbs/02_multitask.ipynb #60ce4b9a
-import json, sys
+# %% ../nbs/02_multitask.ipynb #9e923341
+import sys
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .checkpoint import find_checkpoint, quietly, read_json, whole_folder
 from .data import _missing, _rows, check_table
-from .sentence_transformer import SentenceTransformer, _checked, _chunks, _write_json, batches_by_length, compiled, pad
+from .sentence_transformer import SentenceTransformer, _checked, _chunks, _write_json, pad
 from tqdm import tqdm
 with quietly():
     import keras
@@ -55,14 +54,14 @@ class Task:
     @property
     def units(self): return 1 if self.sigmoid or self.kind == "regression" else len(self.labels)
 
-# %% ../nbs/02_multitask.ipynb #188374dc
+# %% ../nbs/02_multitask.ipynb #7885a203
 @patch
 def encode_labels(self: Task,
     column, # the task's column of a table
 ): # labels as numbers, (rows,) integers or (rows, units) floats; weights, (rows,) float32, 0 where the label is missing
     "Turn a column of labels into arrays. Raises `ValueError` that names the rows with a label that is not known."
     column = pd.Series(column).reset_index(drop=True)
-    lists = column.map(lambda v: isinstance(v, (list, tuple, set, np.ndarray)))
+    lists = column.map(lambda v: isinstance(v, (list, tuple, set, np.ndarray))).astype(bool)
     missing = (_missing(column.where(~lists, "-"))).to_numpy()
     weights = (~missing).astype("float32")
     if self.kind == "regression":
@@ -71,8 +70,8 @@ def encode_labels(self: Task,
         y = np.nan_to_num(y, posinf=0, neginf=0)[:, None]
     else:
         index = {label: i for i, label in enumerate(self.labels)}
-        cells = [[] if gone else (list(v) if isinstance(v, (list, tuple, set, np.ndarray)) else str(v).split("|") if self.kind == "multilabel" else [v])
-            for v, gone in zip(column, missing)]
+        cells = [[] if gone else (list(v) if is_list else str(v).split("|") if self.kind == "multilabel" else [v])
+            for v, gone, is_list in zip(column, missing, lists)]
         cells = [[_label(v) for v in cell if _label(v)] for cell in cells]
         unknown = np.array([any(v not in index for v in cell) or (self.kind == "classification" and not gone and len(cell) != 1) for cell, gone in zip(cells, missing)], bool)
     if unknown.any():
@@ -86,12 +85,11 @@ def encode_labels(self: Task,
         if self.sigmoid: y = y[:, None].astype("float32")
     return y, weights
 
-# %% ../nbs/02_multitask.ipynb #e276c7b2
+# %% ../nbs/02_multitask.ipynb #02b4f1be
 @patch
 def make_loss(self: Task): # a `keras.losses.Loss` for logits
     "The task's loss: the mean over the rows that have its label."
-    kind = {"regression": keras.losses.MeanSquaredError}.get(self.kind)
-    if kind: return kind(reduction="mean_with_sample_weight", name=f"{self.name}_loss")
+    if self.kind == "regression": return keras.losses.MeanSquaredError(reduction="mean_with_sample_weight", name=f"{self.name}_loss")
     kind = keras.losses.BinaryCrossentropy if self.sigmoid or self.kind == "multilabel" else keras.losses.SparseCategoricalCrossentropy
     return kind(from_logits=True, reduction="mean_with_sample_weight", name=f"{self.name}_loss")
 
@@ -166,7 +164,7 @@ class Batches(keras.utils.PyDataset):
 
     def on_epoch_end(self): self.start_epoch(self.epoch + 1)
 
-# %% ../nbs/02_multitask.ipynb #92fc5a35
+# %% ../nbs/02_multitask.ipynb #a7c2d32a
 def _draw(group, n, random): # n rows of a group, each equally often, give or take one
     return np.concatenate([np.tile(group, n//len(group)), random.permutation(group)[:n % len(group)]])
 
@@ -197,11 +195,10 @@ def start_epoch(self: Batches,
 @patch
 def __getitem__(self: Batches, i):
     rows = self.batches[i]
-    if self.vectors is not None: return {"vectors": self.vectors[rows]}, {k: v[rows] for k, v in self.y.items()}, {k: v[rows] for k, v in self.weights.items()}
-    inputs = pad([self.tokens[r] for r in rows], self.pad_id, self.at_least)
+    inputs = {"vectors": self.vectors[rows]} if self.vectors is not None else pad([self.tokens[r] for r in rows], self.pad_id, self.at_least)
     return inputs, {k: v[rows] for k, v in self.y.items()}, {k: v[rows] for k, v in self.weights.items()}
 
-# %% ../nbs/02_multitask.ipynb #943a02aa
+# %% ../nbs/02_multitask.ipynb #5dc27965
 class MultiTaskSentenceTransformer(keras.Model):
     """One shared encoder and a linear head for each task. Make one with `MultiTaskSentenceTransformer.from_pretrained`.
     Called on `{"input_ids", "attention_mask"}`, (batch, length), it gives a dict: task name → logits (batch, units). Source: Caruana 1997."""
@@ -236,9 +233,6 @@ class MultiTaskSentenceTransformer(keras.Model):
         result = super().get_metrics_result()
         accuracies = [value for name, value in result.items() if name == "accuracy" or name.endswith("_accuracy")]
         return {**result, "mean_accuracy": sum(accuracies) / len(accuracies)} if accuracies else result
-
-    @cached_property
-    def forward(self): return compiled(lambda inputs: self(inputs, training=False), self)
 
     @property
     def encoder(self): return self.sentence_transformer.encoder
@@ -326,19 +320,16 @@ def fit(self: MultiTaskSentenceTransformer,
     if verbose == "auto": verbose = int(sys.stderr.isatty())
     return keras.Model.fit(self, x, *args, batch_size=batch_size, validation_data=validation_data, callbacks=callbacks, verbose=verbose, **kwargs)
 
-# %% ../nbs/02_multitask.ipynb #4992a9d9
+# %% ../nbs/02_multitask.ipynb #4c56ee71
 @patch
 def logits(self: MultiTaskSentenceTransformer,
     texts,         # a list of strings
     batch_size=32, # texts per step
 ): # dict: task → (texts, units), in the order given
     "What the heads say of texts, before softmax or sigmoid."
-    out = {name: np.zeros((len(texts), task.units), "float32") for name, task in self.tasks.items()}
-    tokens = self.sentence_transformer.tokenize(texts)
-    for rows in batches_by_length([len(t) for t in tokens], batch_size):
-        found = self.forward(pad([tokens[r] for r in rows], self.sentence_transformer.tokenizer.pad_token_id))
-        for name in out: out[name][rows] = np.asarray(found[name])
-    return out
+    body = self.sentence_transformer
+    vectors = body.vectors_of(body.tokenize(texts), batch_size)
+    return {name: np.asarray(head(vectors)) for name, head in self.heads.items()}
 
 def _answers(task, logits): # a DataFrame with the answer of one task, and how sure it is
     p = task.probabilities(logits)
