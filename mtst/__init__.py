@@ -2,10 +2,11 @@
 __version__ = "0.1.0"
 
 _modules = {
-    "data": ["load_reviews", "read_table", "check_table"],
+    "data": ["load_reviews", "load_public", "read_table", "check_table"],
     "checkpoint": ["find_checkpoint", "download_default"],
     "sentence_transformer": ["SentenceTransformer", "BertEncoder"],
     "multitask": ["MultiTaskSentenceTransformer", "Task"],
+    "freezing": ["freeze", "unfreeze", "freeze_report", "GradualUnfreezing", "heads_then_all", "add_lora", "merge_lora"],
 }
 _where = {name: module for module, names in _modules.items() for name in names}
 __all__ = list(_where)

@@ -62,11 +62,12 @@ def _task(spec, table):
     if not kind and len(labels) > 50: raise ValueError(f"The column {name!r} has {len(labels)} different values, too many for classes. If it holds numbers, say --task {name}:regression.")
     return Task(name, None if kind == "regression" else labels, kind or "classification")
 
-# %% ../nbs/05_cli.ipynb #beca039c
+# %% ../nbs/05_cli.ipynb #57a67d3a
 def train(args):
     "Train an encoder and a head for each task on a table, and save the model."
     from mtst import MultiTaskSentenceTransformer, read_table
     from mtst.checkpoint import check_folder
+    from mtst.freezing import freeze
     from mtst.multitask import adamw, keras
     table = read_table(args.table, [t.partition(":")[0] for t in args.task], text=args.text)
     tasks = [_task(spec, table) for spec in args.task]
@@ -80,7 +81,8 @@ def train(args):
     keras.utils.set_random_seed(args.seed)
     model = MultiTaskSentenceTransformer.from_pretrained(args.model, tasks=tasks)
     print(f"Training on {len(rows):,} rows, testing on {len(test):,}: " + ", ".join(f"{t.name} ({len(t.labels)} labels)" if t.labels else f"{t.name} (a number)" for t in tasks))
-    model.sentence_transformer.trainable, epochs = not args.freeze, args.epochs if args.epochs is not None else 15 if args.freeze else 3
+    if args.freeze: freeze(model, "encoder")
+    epochs = args.epochs if args.epochs is not None else 15 if args.freeze else 3
     batches = model.batches(rows, batch_size=args.batch_size, seed=args.seed)
     model.compile(adamw(args.learning_rate or (2e-3 if args.freeze else 5e-5), steps=epochs*batches.num_batches))
     began = time.perf_counter()
@@ -104,19 +106,20 @@ def predict(args):
         with whole_file(args.out) as part: found.to_csv(part, index=False)
         print(f"{args.out}: {len(found):,} rows")
 
-# %% ../nbs/05_cli.ipynb #956ac7a3
+# %% ../nbs/05_cli.ipynb #26a53832
 def demo(args):
     "Train two heads on one frozen encoder with real reviews, test them, and save everything."
     from mtst import MultiTaskSentenceTransformer, Task, load_reviews
     from mtst.checkpoint import whole_file, whole_folder
     from mtst.data import DOMAINS, SENTIMENTS
+    from mtst.freezing import freeze
     from mtst.multitask import adamw, keras
     began = time.perf_counter()
     train, test = load_reviews(args.source)
     print(f"{len(train):,} reviews to train on, {len(test):,} to test on: {train.attrs['source']}")
     keras.utils.set_random_seed(0)
     model = MultiTaskSentenceTransformer.from_pretrained(args.model, tasks=[Task("domain", DOMAINS), Task("sentiment", SENTIMENTS)])
-    model.sentence_transformer.trainable = False # the heads learn, the encoder stays; see Task 3
+    freeze(model, "encoder") # the heads learn, the encoder stays; see Task 3
     batches = model.batches(train)
     model.compile(adamw(2e-3, steps=args.epochs*batches.num_batches))
     model.fit(batches, epochs=args.epochs)

@@ -1,8 +1,8 @@
-"""Data: the two review sets, and tables with everything that people's files have in them."""
-import re, warnings, zipfile
-import pandas as pd, pytest
+"""Data: the two review sets, the benchmarks, and tables with everything that people's files have in them."""
+import functools, gzip, http.server, json, re, shutil, threading, warnings, zipfile
+import huggingface_hub, pandas as pd, pytest
 from mtst import data as mtst_data
-from mtst.data import DOMAINS, SENTIMENTS, load_reviews, parse_reviews, read_table
+from mtst.data import DOMAINS, SENTIMENTS, load_public, load_reviews, parse_public, parse_reviews, read_table
 
 # ---- the UCI reviews
 
@@ -90,6 +90,171 @@ def test_shipped_reviews_are_neither_trivial_nor_hopeless(model):
     print(scores)
     assert all(0.80 <= score <= 0.97 for score in scores.values()), scores
 
+# ---- the benchmarks
+
+sizes = {"sst2": (6920, 1821), "trec": (5452, 500), "stsb": (5749, 1379)}
+kept = {"sst2": ["test.jsonl", "train.jsonl"], "trec": ["TREC_10.label", "train_5500.label"], "stsb": ["stsbenchmark.tsv.gz"]}
+codes = {"abbreviation": "ABBR:exp", "description": "DESC:manner", "entity": "ENTY:cremat", "human": "HUM:ind", "location": "LOC:other", "number": "NUM:date"}
+
+def reference(data, name, part): # read without pandas
+    header, *rows = [line.split("\t") for line in (data/name/f"{part}.tsv").read_bytes().decode("utf-8").strip("\n").split("\n")]
+    return header, [tuple(row) if name != "stsb" else (*row[:2], float(row[2])) for row in rows]
+
+@pytest.mark.parametrize("name", sizes)
+def test_a_benchmark_from_a_folder(data, monkeypatch, name):
+    monkeypatch.setenv("MTST_DATA", str(data))
+    monkeypatch.setattr(mtst_data, "_download", None) # nothing is fetched
+    tables = load_public(name)
+    assert tuple(map(len, tables)) == sizes[name] and isinstance(tables, tuple)
+    for table, part in zip(tables, ("train", "test")):
+        header, rows = reference(data, name, part)
+        assert table.columns.tolist() == header and list(table.itertuples(index=False, name=None)) == rows
+        assert table.attrs["source"].startswith({"sst2": "SST-2", "trec": "TREC", "stsb": "STS"}[name])
+
+def test_labels_of_the_benchmarks(data, monkeypatch):
+    monkeypatch.setenv("MTST_DATA", str(data))
+    for table in load_public("sst2"): assert set(table.label) == set(SENTIMENTS)
+    for table in load_public("trec"): assert set(table.label) == set(codes)
+    for table in load_public("stsb"): assert table.score.dtype == float and (table.score.min(), table.score.max()) == (0, 5)
+
+def test_an_unknown_benchmark():
+    with pytest.raises(ValueError, match="'SST2'; it can be 'sst2', 'trec', 'stsb'"): load_public("SST2")
+
+def plain_rows(name, part): # made up; with quotation marks, and a character that splitlines would take for a line's end
+    rows = sizes[name][part == "test"]
+    if name == "stsb": return [(f'A "{i}"\x85.', f"B {i}", i % 6) for i in range(rows)]
+    labels = SENTIMENTS if name == "sst2" else sorted(codes)
+    return [(f'A 5" caf\xe9 no.\x85{i} ?', labels[i % len(labels)]) for i in range(rows)]
+
+def published(name, part, rows=None, newline="\n"): # name and bytes of the file that the publisher gives for a part
+    rows = {part: rows} if rows else {p: plain_rows(name, p) for p in ("train", "test")}
+    if name == "sst2": lines = [json.dumps({"text": text, "label": SENTIMENTS.index(label), "label_text": label}, ensure_ascii=False) for text, label in rows[part]]
+    if name == "trec": lines = [f"{codes[label]} {text}" for text, label in rows[part]]
+    if name == "stsb":
+        lines = ["split\tgenre\tdataset\tyear\tsid\tscore\tsentence1\tsentence2", "dev\tmain-news\tMSRvid\t2012\t7\t1.0\tC\tD"]
+        lines += [f"{p}\tmain-captions\tMSRvid\t2012test\t{i:04}\t{score}\t{one}\t{two}" for p in rows for i, (one, two, score) in enumerate(rows[p])]
+    raw = (newline.join(lines) + newline).encode("latin-1" if name == "trec" else "utf-8")
+    return kept[name][-1 if part == "train" else 0], gzip.compress(raw) if name == "stsb" else raw
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", sizes)
+def test_the_publishers_formats_are_read_as_they_are(data, name, newline):
+    "The real sets, written in the publisher's format and parsed."
+    for part in ("train", "test"):
+        header, rows = reference(data, name, part)
+        table = parse_public(published(name, part, rows, newline)[1], name, part)
+        assert table.columns.tolist() == header and list(table.itertuples(index=False, name=None)) == rows
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+@pytest.fixture
+def publishers(monkeypatch, tmp_path):
+    "No MTST_DATA, an empty cache, and publishers that serve a folder which a test may write; `asked` lists what was fetched."
+    monkeypatch.delenv("MTST_DATA", raising=False)
+    monkeypatch.setenv("MTST_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    site, asked = tmp_path/"site", []
+    site.mkdir()
+    class Handler(Quiet):
+        def do_GET(self):
+            asked.append(self.path[1:])
+            super().do_GET()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(mtst_data, "_public", {name: (title, address, *rest) for name, (title, _, *rest) in mtst_data._public.items()})
+    def hub(repo, file, repo_type, cache_dir):
+        assert (repo, repo_type) == ("SetFit/sst2", "dataset")
+        asked.append(file)
+        if not (site/file).exists(): raise OSError("We couldn't connect to the Hub\nand more lines")
+        return shutil.copy(site/file, cache_dir)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    yield site, tmp_path/"cache", asked
+    server.shutdown()
+    server.server_close()
+
+def publish(site, name):
+    for part in ("train", "test"):
+        file, raw = published(name, part)
+        (site/file).write_bytes(raw)
+
+def cached(cache): return sorted(str(f.relative_to(cache)) for f in cache.rglob("*") if f.is_file())
+
+@pytest.mark.parametrize("name", sizes)
+def test_a_benchmark_is_downloaded_once(publishers, name):
+    site, cache, asked = publishers
+    publish(site, name)
+    first = load_public(name)
+    assert sorted(asked) == kept[name] and cached(cache) == [f"{name}/{file}" for file in kept[name]]
+    shutil.rmtree(site)
+    again = load_public(name)
+    assert len(asked) == len(kept[name]) # not asked again
+    for part, one, two in zip(("train", "test"), first, again):
+        assert list(one.itertuples(index=False, name=None)) == plain_rows(name, part) and one.equals(two) and one.attrs == two.attrs
+
+@pytest.mark.parametrize("name", sizes)
+def test_offline_says_what_to_do(publishers, name):
+    site, cache, asked = publishers
+    with pytest.raises(FileNotFoundError, match=rf"(?s){name} is not on this machine, and \S+ could not give \S+ \(.+\)\. With internet access, call again.* MTST_DATA .*{name}/train.tsv") as e: load_public(name)
+    assert "\n" not in str(e.value) and not cached(cache)
+
+@pytest.mark.parametrize("fault", ["a sign-in page", "cut short", "a row too few", "another label", "empty"])
+@pytest.mark.parametrize("name", sizes)
+def test_a_damaged_benchmark_is_not_kept(publishers, name, fault):
+    site, cache, asked = publishers
+    publish(site, name)
+    file, raw = published(name, "test")
+    rows = plain_rows(name, "test")
+    if fault == "a sign-in page": raw = b"<html>Sign in to this network</html>"
+    if fault == "cut short": raw = raw[:len(raw)//2]
+    if fault == "a row too few": raw = published(name, "test", rows[1:])[1]
+    if fault == "another label": raw = gzip.compress(gzip.decompress(raw).replace(b"\t5\t", b"\t5.1\t")) if name == "stsb" else raw.replace(b'"label": 1', b'"label": -1').replace(b"NUM", b"SUM")
+    if fault == "empty": raw = b""
+    (site/file).write_bytes(raw)
+    with pytest.raises(ValueError, match=f"^{file} is damaged. .* It was not kept: load {name} again.$"): load_public(name)
+    assert f"{name}/{file}" not in cached(cache) and not [f for f in cached(cache) if ".part" in f]
+    publish(site, name)
+    assert tuple(map(len, load_public(name))) == sizes[name] # and the next call is well
+
+@pytest.mark.parametrize("name", sizes)
+def test_a_benchmark_that_was_damaged_in_the_cache(publishers, name):
+    site, cache, asked = publishers
+    publish(site, name)
+    load_public(name)
+    path = cache/name/kept[name][0]
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged. .* Delete it and load {name} again."): load_public(name)
+    path.unlink()
+    assert tuple(map(len, load_public(name))) == sizes[name]
+
+def write_tsv(folder, name):
+    (folder/name).mkdir()
+    for part in ("train", "test"):
+        rows = [("text1\ttext2\tscore" if name == "stsb" else "text\tlabel"), *("\t".join(map(str, row)) for row in plain_rows(name, part))]
+        (folder/name/f"{part}.tsv").write_bytes(("\n".join(rows) + "\n").encode())
+    return folder/name/"test.tsv"
+
+@pytest.mark.parametrize("name", sizes)
+def test_faults_in_the_folder_of_benchmarks_are_named(publishers, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("MTST_DATA", str(tmp_path))
+    path = write_tsv(tmp_path, name)
+    assert list(load_public(name)[1].itertuples(index=False, name=None)) == plain_rows(name, "test")
+    whole = path.read_bytes()
+    last = whole.rstrip().rfind(b"\n") + 1
+    for raw, said in [(whole[:last], f"should have {sizes[name][1]:,} rows; found: {sizes[name][1] - 1:,}"), (whole.replace(b"text", b"sentence", 1), "the columns text"), (b"", "."),
+            (whole.replace(b"text", b"t\xe4xt", 1), "utf-8"), (whole[:last] + b"\t".join([b"x"]*whole[last:].count(b"\t") + [b"9.5\n"]), "9.5|others in row 1379"), (whole[:last] + b"x\n", "empty")]:
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match=f"(?s){re.escape(str(path))} is damaged. .*(?:{said}).* Replace it, or unset .*MTST_DATA"): load_public(name)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"no file {re.escape(str(path))}. Put it there, or unset .*MTST_DATA"): load_public(name)
+    assert not publishers[2] # the publisher was never asked
+
+def test_a_folder_without_the_benchmark_leaves_it_to_the_publisher(publishers, monkeypatch, tmp_path):
+    monkeypatch.setenv("MTST_DATA", str(tmp_path))
+    publish(publishers[0], "trec")
+    assert tuple(map(len, load_public("trec"))) == sizes["trec"] and publishers[2] == ["train_5500.label", "TREC_10.label"]
+
 # ---- tables
 
 def table_of(folder, name, content, *args, **kwargs):
@@ -155,3 +320,16 @@ def test_uci_from_the_publisher(monkeypatch, tmp_path):
     monkeypatch.delenv("MTST_DATA", raising=False)
     monkeypatch.setenv("MTST_CACHE", str(tmp_path))
     assert [len(part) for part in load_reviews("uci")] == [2400, 600]
+
+@pytest.mark.online
+@pytest.mark.parametrize("name", sizes)
+def test_a_benchmark_from_its_publisher(data, monkeypatch, tmp_path, name):
+    "The publisher's rows are those in the folder of public data sets; the order may differ, and scores may be rounded."
+    monkeypatch.delenv("MTST_DATA", raising=False)
+    monkeypatch.setenv("MTST_CACHE", str(tmp_path))
+    tables = load_public(name)
+    assert tuple(map(len, tables)) == sizes[name]
+    for table, part in zip(tables, ("train", "test")):
+        found, expected = sorted(table.itertuples(index=False, name=None)), sorted(reference(data, name, part)[1])
+        assert [row[:2] for row in found] == [row[:2] for row in expected]
+        if name == "stsb": assert [row[2] for row in found] == pytest.approx([row[2] for row in expected], abs=0.01)
