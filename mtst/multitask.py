@@ -406,7 +406,7 @@ def _steps_at_once(batches, epochs, callbacks): # how many steps on vectors to r
     watched = any(getattr(type(c), hook) is not getattr(base, hook) for c in callbacks for hook in hooks)
     return 1 if watched or batches.num_batches*epochs < 500 else 25
 
-# %% ../nbs/02_multitask.ipynb #700c5a70
+# %% ../nbs/02_multitask.ipynb #b8444d99
 @patch
 def fit(self: MultiTaskSentenceTransformer,
     x=None,                  # DataFrame, a list of them, `Batches`, or anything that Keras takes
@@ -420,12 +420,13 @@ def fit(self: MultiTaskSentenceTransformer,
     **kwargs,                # as in `keras.Model.fit`: epochs, initial_epoch, …
 ): # a `keras.callbacks.History`
     "Train as Keras does. Raises `ValueError` for bad rows, with their numbers, and where everything is frozen."
+    self._assert_compile_called("fit") # Keras' own check, before what follows asks the optimizer
     if not self.trainable_variables: raise ValueError("Every part of the model is frozen, so there is nothing to train. Unfreeze a part first, such as the heads.")
     if _is_tables(x): x, batch_size = self.batches(x, batch_size=batch_size or 32, by_length=by_length, sampling=sampling, temperature=temperature, seed=seed), None
     if _is_tables(validation_data): validation_data = self.batches(validation_data, shuffle=False)
     cached, by_hand = _use_cache(self, cache_features, x, callbacks or [], verbose), [b for b in (x, validation_data) if isinstance(b, Batches)]
     for batches in by_hand: batches.vectors = self.sentence_transformer.vectors_of(batches.tokens) if cached else None
-    if self.optimizer is not None and self.optimizer.built and set(map(id, self.optimizer._trainable_variables)) != set(map(id, self.trainable_variables)): _retrain(self)
+    if self.optimizer.built and set(map(id, self.optimizer._trainable_variables)) != set(map(id, self.trainable_variables)): _retrain(self)
     if cached and self.steps_per_execution == 1 and (many := _steps_at_once(x, kwargs.get("epochs", 1), callbacks or [])) > 1:
         self.steps_per_execution, self.train_function, self.test_function = many, None, None
     else: many = None
