@@ -7,6 +7,7 @@ _modules = {
     "sentence_transformer": ["SentenceTransformer", "BertEncoder"],
     "multitask": ["MultiTaskSentenceTransformer", "Task"],
     "freezing": ["freeze", "unfreeze", "freeze_report", "GradualUnfreezing", "heads_then_all", "add_lora", "merge_lora"],
+    "layerwise": ["layerwise_rates", "step_report", "RateLogger"],
 }
 _where = {name: module for module, names in _modules.items() for name in names}
 __all__ = list(_where)

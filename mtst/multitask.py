@@ -6,8 +6,9 @@
 __all__ = ['Task', 'sampling_shares', 'Batches', 'MultiTaskSentenceTransformer', 'WarmupLinear', 'AdamW', 'adamw', 'Evaluation',
            'UncertaintyWeighting', 'project_conflicts', 'task_gradients', 'gradient_conflict', 'ConflictMeter']
 
-# %% ../nbs/02_multitask.ipynb #9e923341
+# %% ../nbs/02_multitask.ipynb #ff118de7
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -20,7 +21,7 @@ with quietly():
     import keras
     from keras import layers, ops
 
-# %% ../nbs/02_multitask.ipynb #d583b294
+# %% ../nbs/02_multitask.ipynb #cf4ec04e
 @dataclass
 class Task:
     "One thing to predict: a name (its column in the table), a kind, labels. Raises `ValueError` for settings that don't fit together."
@@ -32,10 +33,14 @@ class Task:
     loss_weight: float = 1.0      # how much this task counts in the sum of the losses
 
     @property
-    def sigmoid(self): return self.kind == "classification" and self.activation == "sigmoid"
+    def sigmoid(self):
+        "Whether the head has one number for two labels."
+        return self.kind == "classification" and self.activation == "sigmoid"
 
     @property
-    def units(self): return 1 if self.sigmoid or self.kind == "regression" else len(self.labels)
+    def units(self):
+        "How many numbers the head has."
+        return 1 if self.sigmoid or self.kind == "regression" else len(self.labels)
 
     def __post_init__(self):
         if self.kind != "regression": self.labels, self.class_weight = [_label(label) for label in self.labels or []], {_label(k): w for k, w in (self.class_weight or {}).items()}
@@ -217,7 +222,7 @@ def __getitem__(self: Batches, i):
     inputs = {"vectors": self.vectors[rows]} if self.vectors is not None else pad([self.tokens[r] for r in rows], self.pad_id, self.at_least)
     return inputs, {k: v[rows] for k, v in self.y.items()}, {k: v[rows] for k, v in self.weights.items()}
 
-# %% ../nbs/02_multitask.ipynb #4f1e0536
+# %% ../nbs/02_multitask.ipynb #3efe944e
 class MultiTaskSentenceTransformer(keras.Model):
     """One shared encoder and a linear head for each task. Make one with `MultiTaskSentenceTransformer.from_pretrained`.
     Called on `{"input_ids", "attention_mask"}`, (batch, length), it gives a dict: task name → logits (batch, units). Source: Caruana 1997."""
@@ -242,7 +247,9 @@ class MultiTaskSentenceTransformer(keras.Model):
     def build(self, *shapes): self.built = True # as in SentenceTransformer
 
     @property
-    def encoder(self): return self.sentence_transformer.encoder
+    def encoder(self):
+        "The `BertEncoder` that all tasks share."
+        return self.sentence_transformer.encoder
 
 # %% ../nbs/02_multitask.ipynb #810938cb
 @patch
@@ -275,7 +282,7 @@ class WarmupLinear(keras.optimizers.schedules.LearningRateSchedule):
 
     def get_config(self): return dict(peak=self.peak, steps=self.steps, warmup=self.warmup)
 
-# %% ../nbs/02_multitask.ipynb #de856dc2
+# %% ../nbs/02_multitask.ipynb #daa9cafa
 @keras.saving.register_keras_serializable("mtst")
 class AdamW(keras.optimizers.AdamW):
     """Keras' AdamW, with a factor on the rate (and on the weight decay) of chosen weights, and a fair start for weights that join late.
@@ -291,7 +298,9 @@ class AdamW(keras.optimizers.AdamW):
     def build(self, variables):
         if self.built: return
         super().build(variables)
-        self.factor_of = [self.factors.get(v.path, 1.0) for v in variables]
+        inner = lambda path: path.partition("/")[2] or path # without the model's name, which Keras numbers anew for each model
+        factors = {inner(path): factor for path, factor in self.factors.items()}
+        self.factor_of = [self.factors.get(v.path, factors.get(inner(v.path), 1.0)) for v in variables]
         self.decays = [v.name not in ("bias", "gamma", "beta") for v in variables]
         self.joined = [0]*len(variables) # the step at which a variable began to learn; `freeze` and `unfreeze` set it
 
@@ -305,9 +314,10 @@ class AdamW(keras.optimizers.AdamW):
 
     def get_config(self): return {**super().get_config(), "factors": dict(self.factors)}
 
-# %% ../nbs/02_multitask.ipynb #8bbb2742
+# %% ../nbs/02_multitask.ipynb #544eec33
 @patch
 def update_step(self: AdamW, gradient, variable, learning_rate):
+    if hasattr(gradient, "indices"): gradient = ops.add(gradient, ops.zeros_like(variable)) # TensorFlow lists one for each occurrence of a word; Adam must see their sum
     i = self._get_variable_index(variable)
     rate = learning_rate*self.factor_of[i]
     if self.decays[i] and self.weight_decay: self.assign_sub(variable, ops.multiply(variable, ops.cast(rate*self.weight_decay, variable.dtype)))
@@ -406,7 +416,21 @@ def _steps_at_once(batches, epochs, callbacks): # how many steps on vectors to r
     watched = any(getattr(type(c), hook) is not getattr(base, hook) for c in callbacks for hook in hooks)
     return 1 if watched or batches.num_batches*epochs < 500 else 25
 
-# %% ../nbs/02_multitask.ipynb #b8444d99
+# %% ../nbs/02_multitask.ipynb #ea04c96f
+@contextmanager
+def _on_vectors(model, tables, cached, many): # tables: `Batches` to train and to validate on; many: steps in one call of the graph
+    usual = model.steps_per_execution
+    try:
+        for batches in tables: batches.vectors = model.sentence_transformer.vectors_of(batches.tokens) if cached else None
+        if many > usual: model.steps_per_execution, model.train_function, model.test_function = many, None, None
+        model.on_vectors = cached
+        yield
+    finally:
+        model.on_vectors = False
+        for batches in tables: batches.vectors = None
+        if many > usual: model.steps_per_execution, model.train_function, model.test_function = usual, None, None
+
+# %% ../nbs/02_multitask.ipynb #d2ad62a1
 @patch
 def fit(self: MultiTaskSentenceTransformer,
     x=None,                  # DataFrame, a list of them, `Batches`, or anything that Keras takes
@@ -424,20 +448,13 @@ def fit(self: MultiTaskSentenceTransformer,
     if not self.trainable_variables: raise ValueError("Every part of the model is frozen, so there is nothing to train. Unfreeze a part first, such as the heads.")
     if _is_tables(x): x, batch_size = self.batches(x, batch_size=batch_size or 32, by_length=by_length, sampling=sampling, temperature=temperature, seed=seed), None
     if _is_tables(validation_data): validation_data = self.batches(validation_data, shuffle=False)
-    cached, by_hand = _use_cache(self, cache_features, x, callbacks or [], verbose), [b for b in (x, validation_data) if isinstance(b, Batches)]
-    for batches in by_hand: batches.vectors = self.sentence_transformer.vectors_of(batches.tokens) if cached else None
+    cached = _use_cache(self, cache_features, x, callbacks or [], verbose)
     if self.optimizer.built and set(map(id, self.optimizer._trainable_variables)) != set(map(id, self.trainable_variables)): _retrain(self)
-    if cached and self.steps_per_execution == 1 and (many := _steps_at_once(x, kwargs.get("epochs", 1), callbacks or [])) > 1:
-        self.steps_per_execution, self.train_function, self.test_function = many, None, None
-    else: many = None
+    many = _steps_at_once(x, kwargs.get("epochs", 1), callbacks or []) if cached and self.steps_per_execution == 1 else 1
     if isinstance(x, Batches): callbacks, kwargs["shuffle"] = [_StartEpoch(x), *(callbacks or [])], False # else Keras shuffles the batches once more
     if verbose == "auto": verbose = int(sys.stderr.isatty())
-    self.on_vectors = cached
-    try: return keras.Model.fit(self, x, *args, batch_size=batch_size, validation_data=validation_data, callbacks=callbacks, verbose=verbose, **kwargs)
-    finally:
-        self.on_vectors = False
-        for batches in by_hand: batches.vectors = None # out of date as soon as the encoder learns
-        if many: self.steps_per_execution, self.train_function, self.test_function = 1, None, None
+    with _on_vectors(self, [b for b in (x, validation_data) if isinstance(b, Batches)], cached, many):
+        return keras.Model.fit(self, x, *args, batch_size=batch_size, validation_data=validation_data, callbacks=callbacks, verbose=verbose, **kwargs)
 
 # %% ../nbs/02_multitask.ipynb #05db69fe
 @patch
@@ -609,7 +626,7 @@ class _UncertaintyLoss(keras.losses.Loss):
         s = self.speed*self.variable
         return self.factor*ops.exp(-s)*self.loss(y_true, y_pred, sample_weight) + labelled*s/2
 
-# %% ../nbs/02_multitask.ipynb #3421347f
+# %% ../nbs/02_multitask.ipynb #2f178a80
 class UncertaintyWeighting(layers.Layer):
     """A learned log-variance for each task. `wrap` turns the tasks' losses into weighted ones. The log-variance is `speed` times a variable,
     so that it can move at an encoder's small learning rate. Source: Kendall, Gal & Cipolla 2018, section 3.2."""
@@ -619,9 +636,12 @@ class UncertaintyWeighting(layers.Layer):
         self.variables_ = [self.add_weight(shape=(), initializer="zeros", name=f"log_variance_{i}") for i in range(tasks)]
 
     @property
-    def log_variances(self): return [float(self.speed*ops.convert_to_numpy(v)) for v in self.variables_]
+    def log_variances(self):
+        "The learned log-variances, one number for each task."
+        return [float(self.speed*ops.convert_to_numpy(v)) for v in self.variables_]
 
     def wrap(self, losses, tasks): # dict: task → loss, dict: task → `Task`
+        "The losses, each weighted by what its task has learned: a dict, task → loss."
         return {name: _UncertaintyLoss(losses[name], v, self.speed, task.kind == "regression") for v, (name, task) in zip(self.variables_, tasks.items())}
 
 # %% ../nbs/02_multitask.ipynb #20664835
@@ -640,7 +660,7 @@ def project_conflicts(
         projected.append(gradient)
     return [sum(parts) for parts in zip(*projected)]
 
-# %% ../nbs/02_multitask.ipynb #1ffcd21b
+# %% ../nbs/02_multitask.ipynb #c6ac2101
 def _pcgrad_step(model, data): # a training step that projects the tasks' gradients on the encoder, on TensorFlow
     import tensorflow as tf
     x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
@@ -648,15 +668,16 @@ def _pcgrad_step(model, data): # a training step that projects the tasks' gradie
     shared, own = model.sentence_transformer.trainable_variables, [v for head in model.heads.values() for v in head.trainable_variables]
     with tf.GradientTape(persistent=True) as tape:
         predictions = model(x, training=True)
-        losses = [model.loss_weights[name] * loss(y[name], predictions[name], weights.get(name)) for name, loss in model.task_losses.items()]
+        losses = [model.optimizer.scale_loss(model.loss_weights[name] * loss(y[name], predictions[name], weights.get(name))) for name, loss in model.task_losses.items()]
         loss = model.compute_loss(x, y, predictions, weights) # their sum
+        scaled = model.optimizer.scale_loss(loss) # the same, but for float16
     by_task = [[tf.convert_to_tensor(g) for g in tape.gradient(one, shared)] for one in losses] if shared else []
     combined = project_conflicts(by_task) if shared else []
-    model.optimizer.apply([*combined, *tape.gradient(loss, own)], [*shared, *own])
+    model.optimizer.apply([*combined, *tape.gradient(scaled, own)], [*shared, *own])
     next(m for m in model.metrics if m.name == "loss").update_state(loss, sample_weight=tf.shape(next(iter(x.values())))[0])
     return model.compute_metrics(x, y, predictions, sample_weight=weights)
 
-# %% ../nbs/02_multitask.ipynb #522820c1
+# %% ../nbs/02_multitask.ipynb #fcf1e776
 def _pcgrad_step_jax(model, state, data): # the same step on JAX
     import jax
     trainable, fixed, optimizer, metrics = state
@@ -665,7 +686,8 @@ def _pcgrad_step_jax(model, state, data): # the same step on JAX
         predictions, after = model.stateless_call(values, fixed, x, training=True)
         return ops.stack([model.loss_weights[name] * loss(y[name], predictions[name], (weights or {}).get(name)) for name, loss in model.task_losses.items()]), (predictions, after)
     each, backwards, (predictions, fixed) = jax.vjp(losses, trainable, has_aux=True)
-    by_task = [backwards(one)[0] for one in ops.eye(len(each))]
+    with keras.StatelessScope(state_mapping=list(zip(model.optimizer.variables, optimizer))): scale = model.optimizer.scale_loss(1.0) # 1, but for float16
+    by_task = [backwards(one*scale)[0] for one in ops.eye(len(each))]
     shared = [any(v is s for s in model.sentence_transformer.trainable_variables) for v in model.trainable_variables]
     combined = iter(project_conflicts([[g for g, s in zip(gradients, shared) if s] for gradients in by_task]))
     gradients = [next(combined) if s else sum(own) for s, *own in zip(shared, *by_task)]
@@ -716,7 +738,7 @@ def gradient_conflict(
         rows[part] = {f"{a} · {b}": float(flat[a] @ flat[b] / max(np.linalg.norm(flat[a])*np.linalg.norm(flat[b]), 1e-20)) for i, a in enumerate(names) for b in names[i + 1:]}
     return pd.DataFrame.from_dict(rows, orient="index")
 
-# %% ../nbs/02_multitask.ipynb #f352f3d6
+# %% ../nbs/02_multitask.ipynb #4caaf818
 class ConflictMeter(keras.callbacks.Callback):
     "Record `gradient_conflict` on a fixed batch before training and after each epoch; `.table` has the rows, `.plot()` draws them."
     def __init__(self,
@@ -732,7 +754,9 @@ class ConflictMeter(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None): self.history.append(gradient_conflict(self.model, self.batch).assign(epoch=epoch + 1))
 
     @property
-    def table(self): return pd.concat(self.history).rename_axis("part").reset_index()
+    def table(self):
+        "A row for each epoch and part of the encoder, a column of cosines for each pair of tasks."
+        return pd.concat(self.history).rename_axis("part").reset_index()
 
 # %% ../nbs/02_multitask.ipynb #ad1588aa
 def _draw_cosines(ax, grid): # grid: a row per part, a column per epoch

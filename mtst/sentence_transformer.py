@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Embeddings', 'attention_bias', 'SelfAttention', 'TransformerLayer', 'BertEncoder', 'checkpoint_names', 'load_weights',
-           'masked_mean', 'pool', 'SentenceTransformer', 'pad', 'batches_by_length', 'compiled']
+           'masked_mean', 'pool', 'SentenceTransformer', 'batches_by_length', 'pad', 'compiled']
 
 # %% ../nbs/01_sentence_transformer.ipynb #aa3b7b28
 import itertools, json, sys
@@ -43,7 +43,7 @@ def attention_bias(
     "What to add to attention scores so that no token looks at padding. -30,000 is still a number in float16; minus infinity would give NaN for a row of padding only."
     return (1 - ops.cast(mask, dtype))[:, None, None, :] * -3e4
 
-# %% ../nbs/01_sentence_transformer.ipynb #adb83353
+# %% ../nbs/01_sentence_transformer.ipynb #6ddae272
 class SelfAttention(layers.Layer):
     """Multi-head self-attention. (batch, length, width) → the same shape. Raises `ValueError` if `heads` does not divide `width`. Source: Vaswani et al. 2017, section 3.2."""
     def __init__(self, width, heads, dropout=0.1, **kwargs):
@@ -54,22 +54,35 @@ class SelfAttention(layers.Layer):
         self.out = layers.Dense(width, name="out")
         self.dropout = layers.Dropout(dropout)
 
-    def split_heads(self, x): # (batch, length, width) → (batch, heads, length, head width)
-        batch, length = ops.shape(x)[:2]
-        return ops.transpose(ops.reshape(x, (batch, length, self.heads, self.head_width)), (0, 2, 1, 3))
+# %% ../nbs/01_sentence_transformer.ipynb #7174ea90
+@patch
+def split_heads(self: SelfAttention,
+    x, # (batch, length, width)
+): # (batch, heads, length, head width)
+    "Cut the width into heads."
+    batch, length = ops.shape(x)[:2]
+    return ops.transpose(ops.reshape(x, (batch, length, self.heads, self.head_width)), (0, 2, 1, 3))
 
-    def call(self, tokens, bias=None, training=None):
-        query, key, value = (self.split_heads(x) for x in ops.split(self.query_key_value(tokens), 3, axis=-1))
-        scores = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2))) / self.head_width**0.5
-        weights = ops.softmax(scores if bias is None else scores + bias) # (batch, heads, length, length)
-        mixed = ops.matmul(self.dropout(weights, training=training), value)
-        return self.out(ops.reshape(ops.transpose(mixed, (0, 2, 1, 3)), ops.shape(tokens)))
+# %% ../nbs/01_sentence_transformer.ipynb #06db3539
+@patch
+def call(self: SelfAttention,
+    tokens,         # (batch, length, width)
+    bias=None,      # added to the scores, as `attention_bias` makes it; None: every token is real
+    training=None,  # with dropout
+): # (batch, length, width)
+    "Let each token collect from the others."
+    query, key, value = (self.split_heads(x) for x in ops.split(self.query_key_value(tokens), 3, axis=-1))
+    scores = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2))) / self.head_width**0.5
+    weights = ops.softmax(scores if bias is None else scores + bias) # (batch, heads, length, length)
+    mixed = ops.matmul(self.dropout(weights, training=training), value)
+    return self.out(ops.reshape(ops.transpose(mixed, (0, 2, 1, 3)), ops.shape(tokens)))
 
-# %% ../nbs/01_sentence_transformer.ipynb #3b642066
+# %% ../nbs/01_sentence_transformer.ipynb #cd463254
 _activations = {
     "gelu": lambda x: ops.gelu(x, approximate=False), "gelu_new": lambda x: ops.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: ops.gelu(x, approximate=True), "relu": ops.relu}
 
+# %% ../nbs/01_sentence_transformer.ipynb #7dc8b764
 class TransformerLayer(layers.Layer):
     """Self-attention and a feed-forward network, each with shortcut and post-LayerNorm.
     (batch, length, width) → the same shape. Source: Vaswani et al. 2017, section 3.1."""
@@ -108,32 +121,44 @@ class BertEncoder(layers.Layer):
         for layer in self.transformer_layers: tokens = layer(tokens, bias, training=learns(layer))
         return tokens
 
-# %% ../nbs/01_sentence_transformer.ipynb #e4495068
+# %% ../nbs/01_sentence_transformer.ipynb #48f0c34c
+def _dense(layer, *names): # a dense layer's variables, each with its names in the checkpoint
+    return [(layer.kernel, [f"{n}.weight" for n in names]), (layer.bias, [f"{n}.bias" for n in names])]
+
+def _norm(layer, name): return [(layer.gamma, [f"{name}.weight"]), (layer.beta, [f"{name}.bias"])]
+
+# %% ../nbs/01_sentence_transformer.ipynb #201aa4b7
+def _layer_names(layer, at): # at: how the names of this layer begin
+    return [*_dense(layer.attention.query_key_value, *(f"{at}attention.self.{n}" for n in ("query", "key", "value"))),
+        *_dense(layer.attention.out, at+"attention.output.dense"), *_norm(layer.attention_norm, at+"attention.output.LayerNorm"),
+        *_dense(layer.up, at+"intermediate.dense"), *_dense(layer.down, at+"output.dense"), *_norm(layer.output_norm, at+"output.LayerNorm")]
+
+# %% ../nbs/01_sentence_transformer.ipynb #3643ab58
 def checkpoint_names(
     encoder, # a built `BertEncoder`
 ): # list of (variable, names in the checkpoint); several names: side by side along the last axis
     "Which weights of a BERT checkpoint belong to which variable of the encoder; every variable is listed once."
-    dense = lambda layer, *names: [(layer.kernel, [f"{n}.weight" for n in names]), (layer.bias, [f"{n}.bias" for n in names])]
-    norm = lambda layer, name: [(layer.gamma, [f"{name}.weight"]), (layer.beta, [f"{name}.bias"])]
     e = encoder.embeddings
-    pairs = [(e.word.embeddings, ["embeddings.word_embeddings.weight"]), (e.position.embeddings, ["embeddings.position_embeddings.weight"]),
-        (e.segment.embeddings, ["embeddings.token_type_embeddings.weight"]), *norm(e.norm, "embeddings.LayerNorm")]
-    for i, layer in enumerate(encoder.transformer_layers):
-        at = f"encoder.layer.{i}."
-        pairs += dense(layer.attention.query_key_value, *(f"{at}attention.self.{n}" for n in ("query", "key", "value")))
-        pairs += dense(layer.attention.out, at+"attention.output.dense") + norm(layer.attention_norm, at+"attention.output.LayerNorm")
-        pairs += dense(layer.up, at+"intermediate.dense") + dense(layer.down, at+"output.dense") + norm(layer.output_norm, at+"output.LayerNorm")
+    tables = {"word": e.word, "position": e.position, "token_type": e.segment}
+    pairs = [(table.embeddings, [f"embeddings.{name}_embeddings.weight"]) for name, table in tables.items()] + _norm(e.norm, "embeddings.LayerNorm")
+    for i, layer in enumerate(encoder.transformer_layers): pairs += _layer_names(layer, f"encoder.layer.{i}.")
     return pairs
 
-# %% ../nbs/01_sentence_transformer.ipynb #0a97abe2
-_unused = ("pooler.", "cls.", "embeddings.position_ids") # parts of BERT that a sentence vector does not need
-
+# %% ../nbs/01_sentence_transformer.ipynb #fbc61232
 def _plain(name): # the name in a checkpoint → the name in today's spelling
     return name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 def _is_matrix(name): return name.endswith(".weight") and "embeddings" not in name and "LayerNorm" not in name # stored (out, in); Keras has (in, out)
 
-# %% ../nbs/01_sentence_transformer.ipynb #3f6dd869
+# %% ../nbs/01_sentence_transformer.ipynb #328aa323
+_unused = ("pooler.", "cls.", "embeddings.position_ids") # parts of BERT that a sentence vector does not need
+
+def _check_names(found, wanted): # two sets of names
+    missing, surplus = sorted(wanted - found), sorted(n for n in found - wanted if not n.startswith(_unused))
+    if missing: raise ValueError(f"The checkpoint lacks {len(missing)} of {len(wanted)} weights, the first is {missing[0]!r}.")
+    if surplus: raise ValueError(f"The checkpoint has {len(surplus)} weights that this encoder has no place for, the first is {surplus[0]!r}. Does its config.json belong to it?")
+
+# %% ../nbs/01_sentence_transformer.ipynb #ea8b563e
 def load_weights(
     encoder, # a built `BertEncoder`
     weights, # dict: name in the checkpoint → array
@@ -142,9 +167,7 @@ def load_weights(
     weights = {_plain(name): w for name, w in weights.items()}
     pairs = checkpoint_names(encoder)
     wanted = {name for _, names in pairs for name in names}
-    missing, surplus = sorted(wanted - set(weights)), sorted(n for n in set(weights) - wanted if not n.startswith(_unused))
-    if missing: raise ValueError(f"The checkpoint lacks {len(missing)} of {len(wanted)} weights, the first is {missing[0]!r}.")
-    if surplus: raise ValueError(f"The checkpoint has {len(surplus)} weights that this encoder has no place for, the first is {surplus[0]!r}. Does its config.json belong to it?")
+    _check_names(set(weights), wanted)
     for variable, names in pairs:
         parts = [weights[n].T if _is_matrix(n) else weights[n] for n in names]
         expected = (*variable.shape[:-1], variable.shape[-1]//len(names))
@@ -174,7 +197,7 @@ def pool(
     if mode == "max": return ops.max(ops.where(ops.cast(ops.expand_dims(mask, -1), "bool"), tokens, ops.cast(-3e4, tokens.dtype)), 1)
     raise ValueError(f"The pooling mode {mode!r} is not known. Known are: mean, cls, max.")
 
-# %% ../nbs/01_sentence_transformer.ipynb #bc29ef11
+# %% ../nbs/01_sentence_transformer.ipynb #838d1cc9
 class SentenceTransformer(keras.Model):
     """Text → vector: a tokeniser, a `BertEncoder` and a pooling. Make one with `SentenceTransformer.from_pretrained`.
     Called on `{"input_ids", "attention_mask"}`, integers of shape (batch, length), it gives (batch, width). Source: Reimers & Gurevych 2019."""
@@ -195,18 +218,28 @@ class SentenceTransformer(keras.Model):
 
     def build(self, *shapes): self.built = True # each layer builds itself when it is first called, just above
 
-    def pooled(self, inputs, training=None): # before normalising, (batch, width)
-        return pool(self.encoder(inputs["input_ids"], inputs["attention_mask"], training=training), inputs["attention_mask"], self.pooling)
-
     def call(self, inputs, training=None):
         vectors = self.pooled(inputs, training=training)
         return ops.normalize(ops.cast(vectors, "float32"), axis=-1) if self.normalize else vectors # float16 has no room for the guard against 0/0
 
     @cached_property
-    def forward(self): return compiled(lambda inputs: self.pooled(inputs, training=False), self)
+    def forward(self):
+        "`pooled` as a compiled function of the inputs, without dropout."
+        return compiled(lambda inputs: self.pooled(inputs, training=False), self)
 
-    @property
-    def width(self): return self.encoder.config.hidden_size
+# %% ../nbs/01_sentence_transformer.ipynb #a74b26ae
+@patch
+def pooled(self: SentenceTransformer,
+    inputs,        # dict with `input_ids` and `attention_mask`, integers, (batch, length)
+    training=None, # with dropout in the parts that learn
+): # (batch, width)
+    "The pooled vectors, not normalised."
+    return pool(self.encoder(inputs["input_ids"], inputs["attention_mask"], training=training), inputs["attention_mask"], self.pooling)
+
+@patch(as_prop=True)
+def width(self: SentenceTransformer):
+    "How many numbers a vector has."
+    return self.encoder.config.hidden_size
 
 # %% ../nbs/01_sentence_transformer.ipynb #5fc556fb
 def _modules(folder): # the settings in modules.json and 1_Pooling; without them, what sentence-transformers assumes: mean, not normalised
@@ -221,14 +254,15 @@ def _modules(folder): # the settings in modules.json and 1_Pooling; without them
         elif kind != "Transformer": raise ValueError(f"The model has a module {kind!r}, which mtst does not build. It builds Transformer, Pooling and Normalize.")
     return dict(pooling=pooling, normalize=normalize)
 
-# %% ../nbs/01_sentence_transformer.ipynb #55a87a2e
-def _config(folder):
+# %% ../nbs/01_sentence_transformer.ipynb #ef7a53aa
+def _config(folder): # the `BertConfig` in a checkpoint
     raw = read_json(folder/"config.json")
     if raw is None: raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint.")
     if raw.get("model_type") != "bert": raise ValueError(f"The model is of type {raw.get('model_type')!r}. mtst builds models of type 'bert'.")
     if raw.get("position_embedding_type", "absolute") != "absolute": raise ValueError(f"mtst builds BERT with absolute positions; this model has {raw['position_embedding_type']!r}.")
     return AutoConfig.from_pretrained(folder)
 
+# %% ../nbs/01_sentence_transformer.ipynb #890f6052
 def _tokenizer(folder):
     if not any((folder/name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise FileNotFoundError(f"{folder} has no tokeniser. Put the model's tokenizer.json (or vocab.txt) into it.")
@@ -252,7 +286,16 @@ def from_pretrained(cls: SentenceTransformer,
     model.unused_weights = load_weights(model.encoder, weights)
     return model
 
-# %% ../nbs/01_sentence_transformer.ipynb #93fca449
+# %% ../nbs/01_sentence_transformer.ipynb #28ea5e1c
+def batches_by_length(
+    lengths,    # the number of tokens of each text
+    batch_size, # texts per batch
+): # list of arrays of row numbers, longest first
+    "Group texts of similar length. Longest first, so that a batch too large for the memory fails at once and not after an hour."
+    order = np.argsort(-np.asarray(lengths, "int64"), kind="stable")
+    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+
+# %% ../nbs/01_sentence_transformer.ipynb #bb5d6bf9
 def pad(
     token_lists, # a list of token ids per text
     pad_id=0,    # the tokeniser's padding token
@@ -264,16 +307,13 @@ def pad(
     for row, tokens in enumerate(token_lists): input_ids[row, :len(tokens)], mask[row, :len(tokens)] = tokens, 1
     return {"input_ids": input_ids, "attention_mask": mask}
 
-def batches_by_length(
-    lengths,    # the number of tokens of each text
-    batch_size, # texts per batch
-): # list of arrays of row numbers, longest first
-    "Group texts of similar length. Longest first, so that a batch too large for the memory fails at once and not after an hour."
-    order = np.argsort(-np.asarray(lengths, "int64"), kind="stable")
-    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+# %% ../nbs/01_sentence_transformer.ipynb #3f755ed3
+def _chunks(iterable, size):
+    iterator = iter(iterable)
+    while chunk := list(itertools.islice(iterator, size)): yield chunk
 
-# %% ../nbs/01_sentence_transformer.ipynb #9acc5c46
-def _checked(texts):
+# %% ../nbs/01_sentence_transformer.ipynb #2fdf764c
+def _checked(texts): # the texts one by one, each a string
     if isinstance(texts, (bytes, dict)) or not hasattr(texts, "__iter__") or hasattr(texts, "columns"):
         raise TypeError(f"encode takes a string or an iterable of strings, not {type(texts).__name__}." + (" Give one column, such as table['text']." if hasattr(texts, "columns") else ""))
     for i, text in enumerate(texts):
@@ -282,10 +322,6 @@ def _checked(texts):
             try: text.encode("utf-8")
             except UnicodeEncodeError as e: raise ValueError(f"Text {i} (counting from 0) holds half of a character at position {e.start}. Read it again as UTF-8.") from e
         yield text
-
-def _chunks(iterable, size):
-    iterator = iter(iterable)
-    while chunk := list(itertools.islice(iterator, size)): yield chunk
 
 # %% ../nbs/01_sentence_transformer.ipynb #19cad2ff
 def compiled(
@@ -303,7 +339,7 @@ def compiled(
     fast = jax.jit(stateless)
     return lambda inputs: fast([v.value for v in model.variables], inputs)
 
-# %% ../nbs/01_sentence_transformer.ipynb #f31ecec6
+# %% ../nbs/01_sentence_transformer.ipynb #fc4d7855
 @patch
 def tokenize(self: SentenceTransformer,
     texts, # a list of strings
@@ -313,8 +349,7 @@ def tokenize(self: SentenceTransformer,
     if self.do_lower_case: texts = [text.lower() for text in texts]
     return self.tokenizer(texts, truncation=True, max_length=self.max_seq_length, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
 
-def _unit(vectors): return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-
+# %% ../nbs/01_sentence_transformer.ipynb #c447a842
 @patch
 def vectors_of(self: SentenceTransformer,
     token_lists,   # a list of token ids per text, as `tokenize` gives them
@@ -326,21 +361,27 @@ def vectors_of(self: SentenceTransformer,
         vectors[rows] = np.asarray(self.forward(pad([token_lists[r] for r in rows], self.tokenizer.pad_token_id)), "float32")
     return vectors
 
-@patch
-def _encode_chunk(self: SentenceTransformer, texts, batch_size, normalize, truncate_dim):
-    vectors = self.vectors_of(self.tokenize(texts), batch_size)
-    if self.normalize: vectors = _unit(vectors)
-    return _unit(vectors[:, :truncate_dim]) if normalize else vectors[:, :truncate_dim]
+# %% ../nbs/01_sentence_transformer.ipynb #2fc1dcd9
+def _unit(vectors): return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
-# %% ../nbs/01_sentence_transformer.ipynb #d3aaa7a4
+@patch
+def _encoded(self: SentenceTransformer, texts, bar, batch_size, normalize, truncate_dim): # the vectors, chunk by chunk
+    for chunk in _chunks(texts, max(2048, batch_size)):
+        vectors = self.vectors_of(self.tokenize(chunk), batch_size)
+        if self.normalize: vectors = _unit(vectors)
+        yield _unit(vectors[:, :truncate_dim]) if normalize else vectors[:, :truncate_dim]
+        bar.update(len(chunk))
+
+# %% ../nbs/01_sentence_transformer.ipynb #2712e1ed
 def _in_memory(chunks, width):
     vectors = np.empty((0, width), "float32")
     for chunk in chunks:
         done = len(vectors)
-        vectors.resize((done + len(chunk), width), refcheck=False) # grows in place: the output is held once, not twice
+        vectors.resize((done + len(chunk), width), refcheck=False)
         vectors[done:] = chunk
     return vectors
 
+# %% ../nbs/01_sentence_transformer.ipynb #5282ca67
 def _to_file(path, chunks, width):
     header = lambda file, rows: np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
     rows = 0
@@ -353,7 +394,13 @@ def _to_file(path, chunks, width):
         header(file, rows)
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
-# %% ../nbs/01_sentence_transformer.ipynb #1ba8b0a8
+# %% ../nbs/01_sentence_transformer.ipynb #a9eb2470
+def _progress(sentences, show): # show: True, False, or None for "on a terminal only"
+    from tqdm import tqdm
+    texts = len(sentences) if hasattr(sentences, "__len__") and not isinstance(sentences, str) else None
+    return tqdm(total=texts, unit="text", desc="Encoding", disable=not (sys.stderr.isatty() if show is None else show))
+
+# %% ../nbs/01_sentence_transformer.ipynb #6ab80264
 @patch
 def encode(self: SentenceTransformer,
     sentences,                  # a string, or any iterable of strings
@@ -363,34 +410,27 @@ def encode(self: SentenceTransformer,
     truncate_dim=None,          # keep the first coordinates only
     output_file=None,           # a .npy file to write to instead of memory; it appears whole or not at all
 ): # float32 array, (texts, width); (width,) for a string. With `output_file`, a read-only view of the file
-    "Turn texts into vectors, in the order given. Raises `TypeError` with the position of a text that is no string."
-    from tqdm import tqdm
+    """Turn texts into vectors, in the order given. Raises `TypeError` with the position of a text that is no string, and `ValueError` for a text
+    that is not Unicode, a `batch_size` below 1 or a `truncate_dim` that the model does not have."""
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
     if truncate_dim is not None and not 0 < truncate_dim <= self.width: raise ValueError(f"truncate_dim is {truncate_dim}; this model's vectors have {self.width} coordinates.")
-    single = isinstance(sentences, str)
-    texts = _checked([sentences] if single else sentences)
-    quiet = not sys.stderr.isatty() if show_progress_bar is None else not show_progress_bar
-    bar = tqdm(total=len(sentences) if hasattr(sentences, "__len__") and not single else None, unit="text", desc="Encoding", disable=quiet)
-
-    def chunks():
-        for chunk in _chunks(texts, max(2048, batch_size)):
-            yield self._encode_chunk(chunk, batch_size, normalize_embeddings, truncate_dim)
-            bar.update(len(chunk))
-
-    width = truncate_dim or self.width
-    with bar: vectors = _in_memory(chunks(), width) if output_file is None else _to_file(output_file, chunks(), width)
+    single, width = isinstance(sentences, str), truncate_dim or self.width
+    with _progress(sentences, show_progress_bar) as bar:
+        chunks = self._encoded(_checked([sentences] if single else sentences), bar, batch_size, normalize_embeddings, truncate_dim)
+        vectors = _in_memory(chunks, width) if output_file is None else _to_file(output_file, chunks, width)
     return vectors[0] if single else vectors
 
-# %% ../nbs/01_sentence_transformer.ipynb #f49dd0be
+# %% ../nbs/01_sentence_transformer.ipynb #849648dc
 @patch
 def similarity(self: SentenceTransformer,
     a, # vectors, (n, width) or (width,)
     b, # vectors, (m, width) or (width,)
 ): # cosines, (n, m)
-    "Cosine of each vector of `a` with each of `b`."
+    "Cosine of each vector of `a` with each of `b`; 0 for a vector of zeros."
     a, b = (_unit(np.atleast_2d(np.asarray(x, "float32"))) for x in (a, b))
     return a @ b.T
 
+# %% ../nbs/01_sentence_transformer.ipynb #89f5bdc8
 @patch
 def nearest(self: SentenceTransformer,
     query,   # a string, or a list of strings
@@ -407,7 +447,7 @@ def nearest(self: SentenceTransformer,
         found.append([(int(row), float(scores[row])) for row in best])
     return found[0] if isinstance(query, str) else found
 
-# %% ../nbs/01_sentence_transformer.ipynb #3a175e8b
+# %% ../nbs/01_sentence_transformer.ipynb #2d0fb56e
 def _checkpoint_weights(model): # our variables under the checkpoint's names
     weights = {k: np.ascontiguousarray(w) for k, w in model.unused_weights.items()}
     for variable, names in checkpoint_names(model.encoder):
@@ -415,11 +455,19 @@ def _checkpoint_weights(model): # our variables under the checkpoint's names
             weights[name] = np.ascontiguousarray(part.T if _is_matrix(name) else part)
     return weights
 
+# %% ../nbs/01_sentence_transformer.ipynb #6ea50e56
+def _settings(model): # file → what it holds
+    kinds = ["Transformer", "Pooling"] + ["Normalize"]*model.normalize
+    modes = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens"}
+    return {"modules.json": [{"idx": i, "name": str(i), "path": "" if i == 0 else f"{i}_{kind}", "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)],
+        "sentence_bert_config.json": {"max_seq_length": model.max_seq_length, "do_lower_case": model.do_lower_case},
+        "1_Pooling/config.json": {"word_embedding_dimension": model.width, **{f"pooling_mode_{m}": mode == model.pooling for mode, m in modes.items()}}}
+
 def _write_json(path, content):
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
-# %% ../nbs/01_sentence_transformer.ipynb #96b93bf2
+# %% ../nbs/01_sentence_transformer.ipynb #de4ea3fc
 @patch
 def write_files(self: SentenceTransformer,
     folder, # an existing folder, as a `Path`
@@ -427,16 +475,11 @@ def write_files(self: SentenceTransformer,
     "Write the model's files into a folder. `save_pretrained` is the safe way to do it."
     from safetensors.numpy import save_file
     save_file(_checkpoint_weights(self), folder/"model.safetensors", metadata={"format": "pt"})
-    self.encoder.config.dtype = "float32" # also where the checkpoint came in float16
+    self.encoder.config.dtype = "float32"
     self.encoder.config.save_pretrained(folder)
-    if hasattr(self.tokenizer, "backend_tokenizer"): self.tokenizer.backend_tokenizer.no_truncation() # else the file would hold the last call's
+    if hasattr(self.tokenizer, "backend_tokenizer"): self.tokenizer.backend_tokenizer.no_truncation()
     self.tokenizer.save_pretrained(folder)
-    kinds = ["Transformer", "Pooling"] + ["Normalize"]*self.normalize
-    modules = [{"idx": i, "name": str(i), "path": "" if i == 0 else f"{i}_{kind}", "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]
-    _write_json(folder/"modules.json", modules)
-    _write_json(folder/"sentence_bert_config.json", {"max_seq_length": self.max_seq_length, "do_lower_case": self.do_lower_case})
-    modes = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens"}
-    _write_json(folder/"1_Pooling"/"config.json", {"word_embedding_dimension": self.width, **{f"pooling_mode_{m}": mode == self.pooling for mode, m in modes.items()}})
+    for name, content in _settings(self).items(): _write_json(folder/name, content)
     if self.normalize: (folder/"2_Normalize").mkdir(exist_ok=True)
 
 # %% ../nbs/01_sentence_transformer.ipynb #4d697424
