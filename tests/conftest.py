@@ -4,6 +4,18 @@ from pathlib import Path
 import numpy as np, pytest
 from safetensors.numpy import save_file
 
+seconds = {} # notebook → how long it took to run
+
+def pytest_terminal_summary(terminalreporter):
+    "The style figures, where the tests of style ran; with the seconds of the notebooks that ran."
+    reports = [r for kind in terminalreporter.stats.values() for r in kind if hasattr(r, "nodeid")]
+    if not any("test_style.py" in r.nodeid for r in reports): return
+    terminalreporter.section("how the notebooks read")
+    try:
+        import style_figures
+        terminalreporter.write_line(style_figures.table(seconds))
+    except Exception as e: terminalreporter.write_line(f"There are no figures: {e}") # pytest's count of the tests has to come
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("online") and os.environ.get("MTST_ONLINE") != "1": pytest.skip("needs a network: set MTST_ONLINE=1")
 

@@ -4,13 +4,13 @@
 A cell that takes long or needs a network says so with `#| slow` or `#| online` and is left out, unless MTST_FLAGS names its flag.
 A cell tagged `varies` (times, versions, results of training) may print other numbers on another machine, but no other words; one tagged `free`
 (answers of a trained model to texts that it is unsure about) may print other words too, but as many lines."""
-import copy, os, re, sys
+import os, re, sys, time
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
 nbs = Path(__file__).parent.parent/"nbs"
-paths = sorted(nbs.glob("[0-9]*.ipynb")) + [nbs/"index.ipynb"]
+paths = sorted(nbs.glob("*.ipynb"), key=lambda p: (not p.stem[0].isdigit(), p.stem == "index", p.stem)) # those with a number, the others, the home page
 flags = {"slow", "online"} - set(os.environ.get("MTST_FLAGS", "").split())
 
 def skipped(cell):
@@ -61,5 +61,7 @@ def differences(stored, fresh):
 if __name__ == "__main__":
     chosen = [nbs/Path(a).name for a in sys.argv[1:]] or paths
     for path in chosen:
-        print(f"running {path.name}", flush=True)
+        print(f"running {path.name}", end=" … ", flush=True)
+        began = time.perf_counter()
         nbformat.write(run(path), path)
+        print(f"{time.perf_counter() - began:.0f} s")

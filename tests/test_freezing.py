@@ -634,8 +634,8 @@ def test_without_factors_it_is_the_adamw_of_keras(settings):
     assert max(np.abs(a - b).max() for a, b in zip(ours, theirs)) <= 1e-6 < min(np.abs(a - array(v)).max() for a, v in zip(ours, variables()))
 
 def test_without_factors_it_trains_a_model_as_keras_does(still):
-    "Also where the gradient of the word embeddings comes row by row."
-    trained = [make(still, compiled_with=o) for o in (AdamW(1e-2, weight_decay=0.1, factors={}), excluding(keras.optimizers.AdamW(1e-2, weight_decay=0.1)))]
+    "Where Keras adds up the rows of the word embeddings' gradient, which it does when it clips; the length here is never reached."
+    trained = [make(still, compiled_with=o) for o in (AdamW(1e-2, weight_decay=0.1, factors={}), excluding(keras.optimizers.AdamW(1e-2, weight_decay=0.1, global_clipnorm=1e6)))]
     for model in trained: train(model, batch_size=4)
     assert furthest(*trained) <= 1e-5 and furthest(trained[0], make(still)) > 1e-3
 
