@@ -32,15 +32,16 @@ def run(path):
 
 def shown(cell):
     "What a reader sees below a cell: its texts, and a word for each picture."
-    out = []
+    out, stream = [], None
     for o in cell.outputs:
         data = o.get("data", {})
         if any(k.startswith("image/") for k in data): out.append("[picture]")
-        elif "text" in o: out.append(o["name"] + ": " + "".join(o["text"]))
+        elif "text" in o: out.append(("" if o["name"] == stream else o["name"] + ": ") + "".join(o["text"])) # a kernel may send one text in several parts
         elif data: out.append("".join(data.get("text/plain", data.get("text/html", ""))))
+        stream = o.get("name")
     return re.sub(r"[\s─│━-]+", " ", re.sub(r"0x[0-9a-f]+", "0x", "\n".join(out))).strip()
 
-def lines(cell): return sum("".join(o.get("text") or o.get("data", {}).get("text/plain", "")).count("\n") + 1 for o in cell.outputs)
+def lines(cell): return sum(len("".join(o.get("text") or o.get("data", {}).get("text/plain", "")).splitlines()) for o in cell.outputs)
 
 number = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 

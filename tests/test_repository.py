@@ -32,6 +32,12 @@ def _cell(text, tags=()): # a code cell that printed `text`
 def test_the_check_of_outputs_can_fail(stored, fresh, tags, same):
     assert (notebooks.difference(_cell(stored, tags), _cell(fresh, tags)) is None) == same
 
+@pytest.mark.parametrize("name, same", [("stdout", True), ("stderr", False)])
+def test_a_text_that_comes_in_parts_is_one_text(name, same):
+    whole, parts = _cell("one\ntwo\n"), _cell("one\n")
+    parts.outputs.append(nbformat.v4.new_output("stream", name=name, text="two\n"))
+    assert (notebooks.difference(whole, parts) is None) == same and notebooks.lines(whole) == notebooks.lines(parts) == 2
+
 @pytest.mark.parametrize("path", notebooks.paths, ids=lambda p: p.stem)
 def test_notebook_is_fit_to_be_read(path):
     "No warnings, errors, widgets or paths of a machine are stored."
