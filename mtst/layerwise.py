@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['depth_of', 'LayerwiseRates', 'layerwise_rates', 'warmup_cosine', 'step_report', 'RateLogger']
 
-# %% ../nbs/04_layerwise.ipynb #7ed83fbd
+# %% ../nbs/04_layerwise.ipynb #f2043710
 import re
 import numpy as np, pandas as pd
+from fastcore.basics import patch
 from .checkpoint import quietly
 from .freezing import named_weights, part_of, rate_factors
 from .multitask import AdamW, WarmupLinear
@@ -66,9 +67,7 @@ def _grouped(base, weights): # weights: DataFrame, a row per weight
     table.insert(2, "rate", base*table.factor)
     return LayerwiseRates(base, table, dict(zip(weights.name, weights.group)), dict(zip(weights.path, weights.factor)))
 
-# %% ../nbs/04_layerwise.ipynb #0278e460
-from fastcore.basics import patch
-
+# %% ../nbs/04_layerwise.ipynb #7430c221
 @patch
 def plot(self: LayerwiseRates):
     "Draw the rates from the bottom of the model to its top, on a logarithmic axis; groups with a rate of 0 are left out. Raises `ValueError` if that leaves nothing."
