@@ -90,8 +90,7 @@ def link_terms(
 
 def modules():
     "The package's modules in the order of its pages."
-    found = [re.search(r"default_exp (\w+)", c.source) for page in sorted(nbs.glob("[0-9]*.ipynb")) for c in read_nb(page).cells]
-    return [importlib.import_module(f"{get_config().lib_path.name}.{m[1]}") for m in found if m]
+    return [importlib.import_module(f"{get_config().lib_path.name}.{name}") for name in dict.fromkeys(key.split(".")[0] for key in places())]
 
 def comments(thing):
     "The comments in the head of a function or a class: argument → comment; `return` → what it gives."

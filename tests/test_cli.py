@@ -1,8 +1,8 @@
 """The command mtst, called as the console script calls it: with a list of arguments."""
 import io, json, os, subprocess, sys, time
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, tensorflow as tf
-from conftest import files, write_bert
+import numpy as np, pandas as pd, pytest
+from conftest import eager, files, write_bert
 from mtst import MultiTaskSentenceTransformer, SentenceTransformer, Task, __version__
 from mtst.cli import main
 
@@ -24,12 +24,7 @@ def trained(tiny_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(trained): return MultiTaskSentenceTransformer.from_pretrained(trained).predict(texts).round(4)
 
-@pytest.fixture(autouse=True)
-def eagerly():
-    "Nothing is compiled: for a few steps of a tiny model that takes longer than the steps."
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
+eagerly = eager()
 
 @pytest.fixture
 def refused(capsys):

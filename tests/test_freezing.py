@@ -1,7 +1,7 @@
 """Freezing: what is frozen stays to the bit, in any order of calls; what is not learns on undisturbed. By hand in NumPy wherever a number can be had by hand."""
 import functools, logging
 import keras, numpy as np, pandas as pd, pytest, tensorflow as tf
-from conftest import write_bert
+from conftest import eager, write_bert
 from mtst import MultiTaskSentenceTransformer, SentenceTransformer, Task
 from mtst.freezing import GradualUnfreezing, add_lora, freeze, freeze_report, heads_then_all, matching, merge_lora, named_weights, part_of, rate_factors, unfreeze, weights_of
 from mtst.multitask import AdamW, WarmupLinear, adamw
@@ -70,12 +70,7 @@ class At(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if epoch == self.epoch: self.what(self.model)
 
-@pytest.fixture(autouse=True)
-def eagerly(request):
-    "Nothing is traced, for a few steps of a tiny model that takes longer than the steps; but the traced tests are about just that."
-    tf.config.run_functions_eagerly("traced" not in request.node.name)
-    yield
-    tf.config.run_functions_eagerly(False)
+eagerly = eager("traced") # the traced tests are about just that
 
 @pytest.fixture(scope="module")
 def reading(deep):

@@ -2,7 +2,7 @@
 import importlib.util, json, logging, runpy
 from types import SimpleNamespace
 import keras, matplotlib, numpy as np, pandas as pd, pytest, tensorflow as tf
-from conftest import python, write_bert
+from conftest import eager, python, write_bert
 from mtst import Task
 from mtst.freezing import GradualUnfreezing, add_lora, freeze, merge_lora, named_weights, part_of, rate_factors, unfreeze, weights_of
 from mtst.layerwise import LayerwiseRates, RateLogger, depth_of, layerwise_rates, step_report, warmup_cosine
@@ -23,12 +23,7 @@ def models(folders):
     "One for each depth: compiled anew and moved by many tests, never frozen."
     return {depth: make(folder) for depth, folder in folders.items()}
 
-@pytest.fixture(autouse=True)
-def eagerly(request):
-    "Nothing is traced: for a few steps of a tiny model that takes longer than the steps."
-    tf.config.run_functions_eagerly("traced" not in request.node.name)
-    yield
-    tf.config.run_functions_eagerly(False)
+eagerly = eager("traced")
 
 @pytest.fixture
 def half(request):

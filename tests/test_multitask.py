@@ -1,10 +1,10 @@
 """Several tasks on one encoder: labels, batches, losses, training, saving; by hand in NumPy wherever a number can be had by hand."""
 import importlib.util, json, os, runpy, signal, subprocess, sys
 from pathlib import Path
-import keras, numpy as np, pandas as pd, pytest, tensorflow as tf
+import keras, numpy as np, pandas as pd, pytest
 from safetensors.numpy import load_file, save_file
 from scipy.special import expit, log_softmax
-from conftest import python, write_bert
+from conftest import eager, python, write_bert
 from mtst import MultiTaskSentenceTransformer, SentenceTransformer, Task
 from mtst.multitask import AdamW, Batches, ConflictMeter, WarmupLinear, adamw, gradient_conflict, project_conflicts, sampling_shares, task_gradients
 
@@ -39,12 +39,7 @@ def head_weights(model): return [w for head in model.heads.values() for w in hea
 def in_order(model, rows, size=99): return model.batches(rows, batch_size=size, shuffle=False)
 def total_loss(model, batch): return float(model.compute_loss(batch[0], batch[1], model(batch[0], training=False), batch[2]))
 
-@pytest.fixture(autouse=True)
-def eagerly(request):
-    "Nothing is compiled: for a few steps of a tiny model that takes longer than the steps. Compiled training is in the test that restarts one."
-    tf.config.run_functions_eagerly("restarted" not in request.node.name)
-    yield
-    tf.config.run_functions_eagerly(False)
+eagerly = eager("restarted") # traced training is in the test that restarts one
 
 @pytest.fixture(scope="module")
 def model(still):
