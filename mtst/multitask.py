@@ -456,11 +456,11 @@ def fit(self: MultiTaskSentenceTransformer,
     with _on_vectors(self, [b for b in (x, validation_data) if isinstance(b, Batches)], cached, many):
         return keras.Model.fit(self, x, *args, batch_size=batch_size, validation_data=validation_data, callbacks=callbacks, verbose=verbose, **kwargs)
 
-# %% ../nbs/02_multitask.ipynb #05db69fe
+# %% ../nbs/02_multitask.ipynb #3410d3fd
 @patch
 def logits(self: MultiTaskSentenceTransformer,
-    texts,         # a list of strings
-    batch_size=32, # texts per step
+    texts,           # a list of strings
+    batch_size=None, # texts per step; None: about a thousand tokens
 ): # dict: task → (texts, units), in the order given
     "What the heads say of texts, before softmax or sigmoid."
     body = self.sentence_transformer
@@ -475,11 +475,11 @@ def _answers(task, logits): # a DataFrame with the answer of one task, and how s
     else: answer, sure = ["|".join(l for l, x in zip(task.labels, row) if x > 0.5) for row in p], np.where(p > 0.5, p, 1 - p).min(1)
     return pd.DataFrame({task.name: answer, f"{task.name}_probability": sure})
 
-# %% ../nbs/02_multitask.ipynb #4e7e80cd
+# %% ../nbs/02_multitask.ipynb #7c02f7e6
 @patch
 def predict(self: MultiTaskSentenceTransformer,
-    x,             # a string, or an iterable of strings; or anything that Keras takes
-    batch_size=32, # texts per step
+    x,                      # a string, or an iterable of strings; or anything that Keras takes
+    batch_size=None,        # texts per step; None: about a thousand tokens
     show_progress_bar=None, # by default only on a terminal
     **kwargs,
 ): # DataFrame: the text, and for each task its label and that label's probability
@@ -489,7 +489,7 @@ def predict(self: MultiTaskSentenceTransformer,
     texts = list(_checked([x] if isinstance(x, str) else x))
     quiet = not sys.stderr.isatty() if show_progress_bar is None else not show_progress_bar
     with tqdm(total=len(texts), unit="text", desc="Predicting", disable=quiet) as bar:
-        parts = [(self.logits(chunk, batch_size), bar.update(len(chunk)))[0] for chunk in _chunks(texts, max(2048, batch_size))]
+        parts = [(self.logits(chunk, batch_size), bar.update(len(chunk)))[0] for chunk in _chunks(texts, max(2048, batch_size or 0))]
     whole = {name: np.concatenate([np.zeros((0, task.units), "float32"), *(p[name] for p in parts)]) for name, task in self.tasks.items()}
     return pd.concat([pd.DataFrame({"text": texts}), *(_answers(task, whole[name]) for name, task in self.tasks.items())], axis=1)
 
@@ -515,11 +515,11 @@ def _score(task, y, weights, logits): # the scores of one task, and its confusio
     scores = {"rows": len(true), "accuracy": accuracy_score(true, guess), "macro_f1": f1(true, guess, labels=every)}
     return scores, pd.DataFrame(confusion_matrix(true, guess, labels=every), task.labels, task.labels)
 
-# %% ../nbs/02_multitask.ipynb #2d78ca09
+# %% ../nbs/02_multitask.ipynb #dd4b8231
 @patch
 def evaluate(self: MultiTaskSentenceTransformer,
     x=None,        # DataFrame with `text` and the tasks' columns, or a list of them as in `fit`; or anything that Keras takes
-    *args, batch_size=32, **kwargs,
+    *args, batch_size=None, **kwargs,
 ): # an `Evaluation`; for other input what Keras gives
     "Score the model on a table; each task on the rows that have its label. Raises `ValueError` for bad rows."
     if not _is_tables(x): return keras.Model.evaluate(self, x, *args, batch_size=batch_size, **kwargs)

@@ -30,12 +30,12 @@ def data():
     if not os.environ.get("MTST_DATA"): pytest.skip("needs the public data sets: set MTST_DATA to their folder")
     return Path(os.environ["MTST_DATA"])
 
-def eager(but=None):
-    "A fixture for every test of a file: nothing is traced, which for a few steps of a tiny model takes longer than the steps; except in tests with the word `but` in their names."
+def eager(*but):
+    "A fixture for every test of a file: nothing is traced, which for a few steps of a tiny model takes longer than the steps; except in tests with one of the words `but` in their names."
     @pytest.fixture(autouse=True)
     def eagerly(request):
         import tensorflow as tf
-        tf.config.run_functions_eagerly(but is None or but not in request.node.name)
+        tf.config.run_functions_eagerly(not any(word in request.node.name for word in but))
         yield
         tf.config.run_functions_eagerly(False)
     return eagerly

@@ -39,12 +39,23 @@ def head_weights(model): return [w for head in model.heads.values() for w in hea
 def in_order(model, rows, size=99): return model.batches(rows, batch_size=size, shuffle=False)
 def total_loss(model, batch): return float(model.compute_loss(batch[0], batch[1], model(batch[0], training=False), batch[2]))
 
-eagerly = eager("restarted") # traced training is in the test that restarts one
+eagerly = eager("restarted", "traced") # traced training is in the tests that restart one or count
 
 @pytest.fixture(scope="module")
 def model(still):
     "Four tasks of four kinds, to be read only."
     return make(still, four_tasks())
+
+def test_training_is_not_traced_again_for_other_lengths(still, monkeypatch):
+    "TensorFlow traces a step for its first shape and once more for any; then no length and no batch size costs a trace."
+    model, traced, call = make(still), [], MultiTaskSentenceTransformer.call
+    monkeypatch.setattr(MultiTaskSentenceTransformer, "call", lambda self, *args, **kwargs: traced.append(1) or call(self, *args, **kwargs))
+    lengths = lambda *some: pd.DataFrame({"text": ["good " * n for n in some], "mood": "good", "topic": "food"})
+    model.fit(lengths(1, 1, 5, 5, 9), batch_size=2, by_length=True, verbose=0)
+    before = len(traced)
+    model.fit(lengths(1, 1, 5, 5, 9), batch_size=2, by_length=True, epochs=2, verbose=0)
+    model.fit(lengths(2, 2, 12, 17, 17, 20, 20), batch_size=2, by_length=True, verbose=0)
+    assert 0 < before <= 3 and len(traced) == before
 
 # ---- tasks and labels
 

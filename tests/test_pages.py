@@ -17,7 +17,7 @@ def sidebar():
 def test_every_page_stands_in_the_sidebar_once_and_in_order():
     pages = list(sidebar())
     assert sorted(pages) == sorted(p.name for p in [*nbs.glob("*.ipynb"), *nbs.glob("*.qmd")])
-    assert pages[0] == "index.ipynb" and pages[-4:] == ["claims.ipynb", "glossary.ipynb", "api.ipynb", "changelog.ipynb"]
+    assert pages[0] == "index.ipynb" and pages[-5:] == ["claims.ipynb", "speed.ipynb", "glossary.ipynb", "api.ipynb", "changelog.ipynb"]
 
 @pytest.mark.parametrize("page", sorted(nbs.glob("*.ipynb")), ids=lambda p: p.stem)
 def test_every_page_has_a_title_and_a_description(page): assert re.match(r"# \S.*\n\n> \S", cells(page.stem)[0].source)

@@ -3,7 +3,8 @@ import json, os, shutil, subprocess, sys, time
 import keras, numpy as np, pandas as pd, pytest
 from safetensors.numpy import load_file, save_file
 from conftest import VOCAB, bert_weights, files, python, write_bert
-from mtst import SentenceTransformer
+from mtst import SentenceTransformer, load_reviews
+from mtst.sentence_transformer import batches_by_length
 
 # ---- what encode takes
 
@@ -194,6 +195,47 @@ def test_a_save_that_fails_keeps_the_earlier_checkpoint(tiny_folder, tmp_path, m
     with pytest.raises(ZeroDivisionError): model.save_pretrained(tmp_path/"a")
     assert files(tmp_path) == {f"a/{name}": content for name, content in files(tiny_folder).items()}
 
+def test_a_batch_is_filled_with_tokens():
+    lengths = [256, 3, 17, 17, 300, 5, 5, 5, 16, 1, 0]
+    batches = batches_by_length(lengths, tokens=64)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    for rows, after in zip(batches, [*batches[1:], None]):
+        longest = lengths[rows[0]]
+        assert len(rows) == 1 or len(rows)*longest <= 64
+        assert after is None or (len(rows) + 1)*longest > 64, "there was room for one more"
+    assert batches_by_length([]) == []
+
+def test_what_fails_in_a_batch_is_raised(tiny, monkeypatch):
+    "Batches are computed in threads; an error there must not leave zeros behind."
+    steps = []
+    def fail(inputs):
+        steps.append(1)
+        raise MemoryError("too large")
+    monkeypatch.setitem(tiny.__dict__, "forward", fail)
+    with pytest.raises(MemoryError, match="too large"): tiny.encode(["good food"]*200, batch_size=1)
+    assert len(steps) < 200, "the rest is not computed for nothing"
+
+# ---- precision
+
+def test_bfloat16_gives_nearly_the_same_vectors(model, texts):
+    rough = SentenceTransformer.from_pretrained(precision="bfloat16")
+    assert {v.dtype for v in rough.weights if "seed" not in v.path} == {"float32"} and rough.encoder.transformer_layers[0].up.compute_dtype == "bfloat16"
+    real = [*load_reviews("shipped")[0].text[:200], *texts]
+    a, b = model.encode(real, normalize_embeddings=True), rough.encode(real, normalize_embeddings=True)
+    assert b.dtype == "float32" and not np.array_equal(a, b) and (a*b).sum(1).mean() >= 0.9999
+
+def test_precision_is_the_models_own(tiny_folder, tmp_path):
+    before = keras.config.dtype_policy().name
+    rough, plain = (SentenceTransformer.from_pretrained(tiny_folder, precision=p) for p in ("bfloat16", None))
+    assert keras.config.dtype_policy().name == before == plain.encoder.transformer_layers[0].up.dtype_policy.name
+    for name, saved in (("rough", rough), ("plain", plain)): saved.save_pretrained(tmp_path/name)
+    assert files(tmp_path/"rough") == files(tmp_path/"plain")
+
+@pytest.mark.parametrize("precision", ["bf16", "mixed_bfloat16", 16])
+def test_an_unknown_precision(tiny_folder, precision):
+    with pytest.raises(ValueError, match=f"precision {precision!r} is not known. Known are: float32, bfloat16"): SentenceTransformer.from_pretrained(tiny_folder, precision=precision)
+    assert keras.config.dtype_policy().name == "float32"
+
 # ---- what it costs
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
@@ -214,6 +256,14 @@ def test_a_third_shape_of_batch_is_not_traced_anew(tiny_folder, monkeypatch):
     before = len(traced)
     for n in (3, 7, 20): model.encode(["good " * n] * n)
     assert 0 < before == len(traced)
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_known_shape_is_not_traced_again(tiny_folder, monkeypatch, precision):
+    model, traced, pooled_ = SentenceTransformer.from_pretrained(tiny_folder, precision=precision), [], SentenceTransformer.pooled
+    monkeypatch.setattr(SentenceTransformer, "pooled", lambda self, *args, **kwargs: traced.append(1) or pooled_(self, *args, **kwargs))
+    first = model.encode(["good food", "a film"])
+    before = len(traced)
+    assert before > 0 and not np.array_equal(first, model.encode(["bad food", "the film"])) and len(traced) == before
 
 def test_encoding_prints_nothing():
     ended = python("import sys\nfrom mtst import SentenceTransformer\nsys.exit(SentenceTransformer.from_pretrained().encode(['good', 'food']).shape != (2, 384))")
