@@ -54,15 +54,11 @@ bench: encoder .venv-bench/ready ## measure speed beside sentence-transformers, 
 	@touch $@
 
 .venv-peers/ready: tests/requirements-peers.txt
-	@echo "Setting up .venv-peers with PyTorch and sentence-transformers."
-	@$(PYTHON) -m venv .venv-peers
-	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
-	@touch $@
-
 .venv-bench/ready: bench/requirements.txt
-	@echo "Setting up .venv-bench with what mtst is measured beside."
-	@$(PYTHON) -m venv .venv-bench
-	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+.venv-peers/ready .venv-bench/ready:
+	@echo "Setting up $(@D) with PyTorch and what else $< lists."
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 clean: ## remove what the other targets made

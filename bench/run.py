@@ -87,7 +87,7 @@ class Bench:
     def row(self, what, contender, setting, unit, value, round=1, versions=""):
         self.rows.append(dict(what=what, contender=contender, setting=setting, round=round, value=value, unit=unit, versions=versions) | self.always)
 
-    def medians(self, what): return summary.medians(pd.DataFrame([r for r in self.rows if r["what"] == what], columns=summary.COLUMNS), what)
+    def medians(self, what): return summary.medians(pd.DataFrame(self.rows, columns=summary.COLUMNS), what)
 
     def start(self, kind, **settings): # a new worker
         python = sys.executable if kind.startswith("mtst") else self.peers
@@ -205,11 +205,7 @@ def growth(b):
 
 def train(b):
     "Steps per second, all weights trained on two tasks, batches of 32 texts of 32 tokens; and the processor's limit, backwards being twice the work of forwards."
-    def steps(kind, settings):
-        def job():
-            answer = (worker := b.worker(kind, **settings)).ask("steps", n=b.steps)
-            return b.steps/(answer["result"] or [answer["seconds"]])[0], worker.versions
-        return job
+    def steps(kind, settings): return lambda: (b.steps/(w := b.worker(kind, **settings)).ask("steps", n=b.steps)["seconds"], w.versions)
     b.alternate({("train", c, "", "steps/s"): steps(*about) for c, about in TRAINERS.items()} | b.multiplication())
     b.limit(3*products([32]*32, b.config), "steps/s")
 

@@ -14,15 +14,14 @@ def keep(rows, path):
     with whole_file(path) as part: rows[COLUMNS].to_csv(part, index=False)
     return rows
 
-def medians(rows, *what): # a Series over contender, setting and unit, with `what` too where several are given
-    rows = rows[rows.what.isin(what)] if what else rows
-    return rows.dropna(subset=["value"]).groupby([*["what"][:len(what) != 1], "contender", "setting", "unit"], sort=False).value.median()
+def medians(rows, what): # of one experiment: a Series over contender, setting and unit
+    return rows[rows.what == what].dropna(subset=["value"]).groupby(["contender", "setting", "unit"], sort=False).value.median()
 
 class Medians:
     "`at(what, contender, unit, setting)`: the median over the rounds; that of the best setting, if none is given; NaN where nothing was measured."
-    def __init__(self, rows): self.medians = medians(rows)
+    def __init__(self, rows): self.medians = {what: medians(rows, what) for what in rows.what.unique()}
     def at(self, what, contender, unit, setting=None):
-        return max((v for (w, c, s, u), v in self.medians.items() if (w, c, u) == (what, contender, unit) and setting in (None, s)), default=np.nan)
+        return max((v for (c, s, u), v in self.medians.get(what, pd.Series()).items() if (c, u) == (contender, unit) and setting in (None, s)), default=np.nan)
 
 def asked(m): # m: `Medians` → for each bar: what, the value measured, the relation, the value asked for, and what the processor's limit would give
     rate = lambda contender, what="encode": m.at(what, contender, "sentences/s")

@@ -1,7 +1,7 @@
 """One contender of the benchmark, kept alive in a process of its own: `python worker.py` reads a job a line from stdin and writes an answer a line to stdout, both JSON.
 
 The first job is {"do": "load", "contender": "mtst", "folder": …, "threads": 2, …}; then come others that the contender knows, such as {"do": "encode", "texts": FILE, "out": FILE.npy}.
-`texts` names a file with a JSON string a line. An answer has the seconds, the peak of resident memory and what texts and vectors take of it in MB; or only the error."""
+`texts` names a file with a JSON string a line. An answer has the seconds (those that the job gives, if it times itself), the peak of resident memory and what texts and vectors take of it in MB; or only the error."""
 import functools, json, os, resource, sys, time
 from importlib.metadata import version
 import numpy as np
@@ -44,8 +44,8 @@ def mtst(folder, threads, gpu=False, **settings):
 
 def mtst_training(folder, threads, **settings):
     from mtst import MultiTaskSentenceTransformer, Task, freeze, load_reviews
-    from mtst.data import DOMAINS, SENTIMENTS
     from keras.callbacks import LambdaCallback
+    from mtst.data import DOMAINS, SENTIMENTS
     from mtst.multitask import adamw
     model = MultiTaskSentenceTransformer.from_pretrained(folder, tasks=[Task("domain", DOMAINS), Task("sentiment", SENTIMENTS)], **settings)
     model.compile(adamw(5e-5))
@@ -54,7 +54,7 @@ def mtst_training(folder, threads, **settings):
         clock = {} # from the first step to the last: tidying up after `fit` takes TensorFlow up to five seconds, whatever the number of steps
         timer = LambdaCallback(on_train_batch_begin=lambda batch, logs: clock.setdefault("began", time.perf_counter()), on_train_batch_end=lambda batch, logs: clock.update(ended=time.perf_counter()))
         model.fit({"input_ids": tokens, "attention_mask": np.ones_like(tokens)}, {"domain": y, "sentiment": y}, batch_size=32, verbose=0, callbacks=[timer])
-        return [clock["ended"] - clock["began"]]
+        return clock["ended"] - clock["began"]
     def frozen(cached, epochs):
         if model.encoder.trainable_weights: freeze(model, "encoder")
         model.fit(load_reviews("shipped")[0], epochs=epochs, cache_features=cached, verbose=0)
@@ -161,6 +161,7 @@ def serve(jobs, say):
         except Exception as e: say({"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0]}" if str(e).strip() else type(e).__name__}); continue
         answer["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == "darwin" else 1e3)
         if isinstance(result, np.ndarray): answer["own"] = megabytes(job["texts"], result)
+        elif isinstance(result, float): answer["seconds"] = result
         else: answer["result"] = result if isinstance(result, list) else None
         if out: np.save(out, result)
         say(answer)

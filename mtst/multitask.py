@@ -475,7 +475,7 @@ def _answers(task, logits): # a DataFrame with the answer of one task, and how s
     else: answer, sure = ["|".join(l for l, x in zip(task.labels, row) if x > 0.5) for row in p], np.where(p > 0.5, p, 1 - p).min(1)
     return pd.DataFrame({task.name: answer, f"{task.name}_probability": sure})
 
-# %% ../nbs/02_multitask.ipynb #7c02f7e6
+# %% ../nbs/02_multitask.ipynb #6b01cbae
 @patch
 def predict(self: MultiTaskSentenceTransformer,
     x,                      # a string, or an iterable of strings; or anything that Keras takes
@@ -489,7 +489,7 @@ def predict(self: MultiTaskSentenceTransformer,
     texts = list(_checked([x] if isinstance(x, str) else x))
     quiet = not sys.stderr.isatty() if show_progress_bar is None else not show_progress_bar
     with tqdm(total=len(texts), unit="text", desc="Predicting", disable=quiet) as bar:
-        parts = [(self.logits(chunk, batch_size), bar.update(len(chunk)))[0] for chunk in _chunks(texts, max(2048, batch_size or 0))]
+        parts = [(self.logits(chunk, batch_size), bar.update(len(chunk)))[0] for chunk in _chunks(texts, batch_size)]
     whole = {name: np.concatenate([np.zeros((0, task.units), "float32"), *(p[name] for p in parts)]) for name, task in self.tasks.items()}
     return pd.concat([pd.DataFrame({"text": texts}), *(_answers(task, whole[name]) for name, task in self.tasks.items())], axis=1)
 

@@ -331,10 +331,10 @@ def pad(
     for row, tokens in enumerate(token_lists): input_ids[row, :len(tokens)], mask[row, :len(tokens)] = tokens, 1
     return {"input_ids": input_ids, "attention_mask": mask}
 
-# %% ../nbs/01_sentence_transformer.ipynb #3f755ed3
-def _chunks(iterable, size):
-    iterator = iter(iterable)
-    while chunk := list(itertools.islice(iterator, size)): yield chunk
+# %% ../nbs/01_sentence_transformer.ipynb #585fe644
+def _chunks(texts, batch_size): # lists of a few thousand texts, at least a batch each
+    iterator = iter(texts)
+    while chunk := list(itertools.islice(iterator, max(2048, batch_size or 0))): yield chunk
 
 # %% ../nbs/01_sentence_transformer.ipynb #2fdf764c
 def _checked(texts): # the texts one by one, each a string
@@ -385,12 +385,12 @@ def vectors_of(self: SentenceTransformer,
     with ThreadPoolExecutor(2) as pool: list(pool.map(step, batches_by_length([len(t) for t in token_lists], batch_size)))
     return vectors
 
-# %% ../nbs/01_sentence_transformer.ipynb #bd3161fd
+# %% ../nbs/01_sentence_transformer.ipynb #dd57c957
 def _unit(vectors): return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 @patch
 def _encoded(self: SentenceTransformer, texts, bar, batch_size, normalize, truncate_dim): # the vectors, chunk by chunk
-    for chunk in _chunks(texts, max(2048, batch_size or 0)):
+    for chunk in _chunks(texts, batch_size):
         vectors = self.vectors_of(self.tokenize(chunk), batch_size)
         if self.normalize: vectors = _unit(vectors)
         yield _unit(vectors[:, :truncate_dim]) if normalize else vectors[:, :truncate_dim]

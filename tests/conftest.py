@@ -40,6 +40,15 @@ def eager(*but):
         tf.config.run_functions_eagerly(False)
     return eagerly
 
+@pytest.fixture
+def count_calls(monkeypatch):
+    "`count_calls(cls, name)` → a list that grows by one whenever that method runs; a traced function runs its methods only while it is traced."
+    def count(cls, name):
+        calls, method = [], getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda self, *args, **kwargs: calls.append(1) or method(self, *args, **kwargs))
+        return calls
+    return count
+
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "food", *string.ascii_lowercase, *("##" + c for c in string.ascii_lowercase)]
 
 def bert_weights(width=8, depth=1, inner=16, vocab=len(VOCAB), positions=32, seed=0):

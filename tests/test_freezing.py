@@ -447,9 +447,8 @@ def test_traced_cached_vectors_change_nothing(noisy):
     assert furthest(*trained) <= 1e-5 and moved(before, trained[0]) == names(model, "heads")
 
 @pytest.mark.parametrize("cache, count", [(None, 1), (True, 1), (False, 0)])
-def test_when_the_vectors_are_cached(noisy, monkeypatch, cache, count):
-    calls, vectors_of = [], SentenceTransformer.vectors_of
-    monkeypatch.setattr(SentenceTransformer, "vectors_of", lambda self, *args, **kwargs: calls.append(1) or vectors_of(self, *args, **kwargs))
+def test_when_the_vectors_are_cached(noisy, count_calls, cache, count):
+    calls = count_calls(SentenceTransformer, "vectors_of")
     model = freeze(make(noisy), "encoder")
     found = train(model, 2, cache_features=cache, validation_data=table.head(3)).history
     assert len(calls) == 2*count and len(found["val_loss"]) == 2

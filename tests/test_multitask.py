@@ -46,10 +46,9 @@ def model(still):
     "Four tasks of four kinds, to be read only."
     return make(still, four_tasks())
 
-def test_training_is_not_traced_again_for_other_lengths(still, monkeypatch):
+def test_training_is_not_traced_again_for_other_lengths(still, count_calls):
     "TensorFlow traces a step for its first shape and once more for any; then no length and no batch size costs a trace."
-    model, traced, call = make(still), [], MultiTaskSentenceTransformer.call
-    monkeypatch.setattr(MultiTaskSentenceTransformer, "call", lambda self, *args, **kwargs: traced.append(1) or call(self, *args, **kwargs))
+    model, traced = make(still), count_calls(MultiTaskSentenceTransformer, "call")
     lengths = lambda *some: pd.DataFrame({"text": ["good " * n for n in some], "mood": "good", "topic": "food"})
     model.fit(lengths(1, 1, 5, 5, 9), batch_size=2, by_length=True, verbose=0)
     before = len(traced)
@@ -322,10 +321,9 @@ def test_tensorboard(still, tmp_path):
 
 # ---- a frozen encoder
 
-def test_a_frozen_encoder_runs_once_and_stays_as_it_is(tiny_folder, monkeypatch):
+def test_a_frozen_encoder_runs_once_and_stays_as_it_is(tiny_folder, count_calls):
     "Also with dropout in its settings. Compared with Keras's own fit, which knows of no vectors."
-    calls, vectors_of = [], SentenceTransformer.vectors_of
-    monkeypatch.setattr(SentenceTransformer, "vectors_of", lambda self, *args, **kwargs: calls.append(1) or vectors_of(self, *args, **kwargs))
+    calls = count_calls(SentenceTransformer, "vectors_of")
     cached, plain = make(tiny_folder, frozen=True), make(tiny_folder, frozen=True)
     before, batches = encoder_weights(cached), plain.batches(table, batch_size=4)
     cached.fit(table, batch_size=4, epochs=3)

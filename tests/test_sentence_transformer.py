@@ -249,18 +249,16 @@ def test_a_row_of_padding_only_gives_numbers(tiny_folder, policy):
         vectors = model({"input_ids": np.array([[2, 5, 3], [0, 0, 0]]), "attention_mask": np.array([[1, 1, 1], [0, 0, 0]])})
         assert np.isfinite(keras.ops.convert_to_numpy(keras.ops.cast(vectors, "float32"))).all(), model.pooling
 
-def test_a_third_shape_of_batch_is_not_traced_anew(tiny_folder, monkeypatch):
-    model, traced, pooled_ = SentenceTransformer.from_pretrained(tiny_folder), [], SentenceTransformer.pooled
-    monkeypatch.setattr(SentenceTransformer, "pooled", lambda self, *args, **kwargs: traced.append(1) or pooled_(self, *args, **kwargs))
+def test_a_third_shape_of_batch_is_not_traced_anew(tiny_folder, count_calls):
+    model, traced = SentenceTransformer.from_pretrained(tiny_folder), count_calls(SentenceTransformer, "pooled")
     for n in (1, 2): model.encode(["good " * n] * n)
     before = len(traced)
     for n in (3, 7, 20): model.encode(["good " * n] * n)
     assert 0 < before == len(traced)
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_known_shape_is_not_traced_again(tiny_folder, monkeypatch, precision):
-    model, traced, pooled_ = SentenceTransformer.from_pretrained(tiny_folder, precision=precision), [], SentenceTransformer.pooled
-    monkeypatch.setattr(SentenceTransformer, "pooled", lambda self, *args, **kwargs: traced.append(1) or pooled_(self, *args, **kwargs))
+def test_a_known_shape_is_not_traced_again(tiny_folder, count_calls, precision):
+    model, traced = SentenceTransformer.from_pretrained(tiny_folder, precision=precision), count_calls(SentenceTransformer, "pooled")
     first = model.encode(["good food", "a film"])
     before = len(traced)
     assert before > 0 and not np.array_equal(first, model.encode(["bad food", "the film"])) and len(traced) == before
