@@ -6,8 +6,8 @@
 __all__ = ['DEFAULT_ENCODER', 'whole_file', 'check_folder', 'whole_folder', 'quietly', 'verify_default', 'cache_folder',
            'download_default', 'find_checkpoint', 'read_json', 'read_weights']
 
-# %% ../nbs/00_checkpoint.ipynb #aeb0c307
-import contextlib, hashlib, json, os, shutil, subprocess, sys, tempfile, warnings, zipfile
+# %% ../nbs/00_checkpoint.ipynb #376d23d1
+import contextlib, gc, hashlib, json, os, shutil, subprocess, sys, tempfile, warnings, zipfile
 from fnmatch import fnmatch
 from pathlib import Path
 import numpy as np
@@ -69,12 +69,14 @@ def whole_folder(
         if old.exists() and not path.exists(): os.replace(old, path)
         for leftover in (part, old): shutil.rmtree(leftover, ignore_errors=True)
 
-# %% ../nbs/00_checkpoint.ipynb #d920bccb
+# %% ../nbs/00_checkpoint.ipynb #d654aa00
 @contextlib.contextmanager
 def quietly():
-    "Hold back what the block prints to standard error, also from compiled code; show it if the block fails."
+    "Import large libraries in this block: what it prints to standard error, also from compiled code, is held back and shown if it fails, and the garbage collector rests."
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    collects = gc.isenabled()
+    gc.disable()
     with tempfile.TemporaryFile() as held, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sys.stderr.flush()
@@ -88,6 +90,7 @@ def quietly():
         finally:
             os.dup2(screen, 2)
             os.close(screen)
+            if collects: gc.enable()
 
 # %% ../nbs/00_checkpoint.ipynb #1183629b
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['main', 'check', 'download', 'embed', 'train', 'predict', 'demo']
 
-# %% ../nbs/05_cli.ipynb #5bc6644d
-import argparse, os, platform, sys, time, warnings
+# %% ../nbs/05_cli.ipynb #c29143f6
+import argparse, gc, os, platform, sys, time, warnings
 from pathlib import Path
 import mtst
 
@@ -30,12 +30,13 @@ def _parser():
         arguments(sub.add_argument)
     return parser
 
-# %% ../nbs/05_cli.ipynb #b84a7caf
+# %% ../nbs/05_cli.ipynb #ed35357e
 def main(
     arguments=None, # a list of strings; those of the command line if None
 ): # the exit code: 0, 1 after an error, 130 if stopped by Ctrl-C
     "The command `mtst`. Raises `SystemExit(2)` for a command line that makes no sense."
-    args = _parser().parse_args(arguments)
+    args, alone = _parser().parse_args(arguments), arguments is None # alone: in a process of its own
+    if alone: gc.set_threshold(100_000) # look for garbage a hundred times less often than Python does: there is little of it
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *where, **more: print(f"mtst: {message}", file=sys.stderr) # one line, no source code
         try: args.run(args)
@@ -45,6 +46,8 @@ def main(
         except KeyboardInterrupt:
             print("mtst: stopped", file=sys.stderr)
             return 130
+        finally:
+            if alone: gc.freeze() # and not at all when the process ends: it took a second
     return 0
 
 # %% ../nbs/05_cli.ipynb #fdde34c1

@@ -20,8 +20,12 @@ with quietly():
     from keras import layers, ops
     from transformers import AutoConfig, AutoTokenizer
 
-# %% ../nbs/01_sentence_transformer.ipynb #64582e09
-class Embeddings(layers.Layer):
+# %% ../nbs/01_sentence_transformer.ipynb #5c3321da
+class _Composite(layers.Layer): # a layer made of layers
+    def build(self, *shapes): pass
+
+# %% ../nbs/01_sentence_transformer.ipynb #4b3a5d95
+class Embeddings(_Composite):
     """Word, position and segment vectors added up and layer-normalised.
     `input_ids` (batch, length), integers → (batch, length, width). Source: Devlin et al. 2019, section 3."""
     def __init__(self, vocab_size, max_length, width, segments=2, dropout=0.1, epsilon=1e-12, **kwargs):
@@ -52,8 +56,8 @@ class TokenDense(layers.Dense):
         flat = super().call(ops.reshape(tokens, (-1, tokens.shape[-1])), training=training)
         return ops.reshape(flat, (*ops.shape(tokens)[:-1], self.units))
 
-# %% ../nbs/01_sentence_transformer.ipynb #a0b49a2c
-class SelfAttention(layers.Layer):
+# %% ../nbs/01_sentence_transformer.ipynb #e963083f
+class SelfAttention(_Composite):
     """Multi-head self-attention. (batch, length, width) → the same shape. Raises `ValueError` if `heads` does not divide `width`. Source: Vaswani et al. 2017, section 3.2."""
     def __init__(self, width, heads, dropout=0.1, **kwargs):
         super().__init__(**kwargs)
@@ -63,16 +67,16 @@ class SelfAttention(layers.Layer):
         self.out = TokenDense(width, name="out")
         self.dropout = layers.Dropout(dropout)
 
-# %% ../nbs/01_sentence_transformer.ipynb #7174ea90
+# %% ../nbs/01_sentence_transformer.ipynb #6a84c91f
 @patch
 def split_heads(self: SelfAttention,
-    x, # (batch, length, width)
-): # (batch, heads, length, head width)
-    "Cut the width into heads."
+    x, # queries, keys and values side by side, (batch, length, 3·width)
+): # list of three, each (batch, heads, length, head width)
+    "Take queries, keys and values apart, and cut the width of each into heads."
     batch, length = ops.shape(x)[:2]
-    return ops.transpose(ops.reshape(x, (batch, length, self.heads, self.head_width)), (0, 2, 1, 3))
+    return ops.unstack(ops.transpose(ops.reshape(x, (batch, length, 3, self.heads, self.head_width)), (2, 0, 3, 1, 4)), 3)
 
-# %% ../nbs/01_sentence_transformer.ipynb #06db3539
+# %% ../nbs/01_sentence_transformer.ipynb #5bc6b96f
 @patch
 def call(self: SelfAttention,
     tokens,         # (batch, length, width)
@@ -80,7 +84,7 @@ def call(self: SelfAttention,
     training=None,  # with dropout
 ): # (batch, length, width)
     "Let each token collect from the others."
-    query, key, value = (self.split_heads(x) for x in ops.split(self.query_key_value(tokens), 3, axis=-1))
+    query, key, value = self.split_heads(self.query_key_value(tokens))
     scores = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2))) / self.head_width**0.5
     weights = ops.softmax(scores if bias is None else scores + bias) # (batch, heads, length, length)
     mixed = ops.matmul(self.dropout(weights, training=training), value)
@@ -91,8 +95,8 @@ _activations = {
     "gelu": lambda x: ops.gelu(x, approximate=False), "gelu_new": lambda x: ops.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: ops.gelu(x, approximate=True), "relu": ops.relu}
 
-# %% ../nbs/01_sentence_transformer.ipynb #b0e119a8
-class TransformerLayer(layers.Layer):
+# %% ../nbs/01_sentence_transformer.ipynb #7618a97a
+class TransformerLayer(_Composite):
     """Self-attention and a feed-forward network, each with shortcut and post-LayerNorm.
     (batch, length, width) → the same shape. Source: Vaswani et al. 2017, section 3.1."""
     def __init__(self, width, heads, inner_width, activation="gelu", dropout=0.1, attention_dropout=0.1, epsilon=1e-12, **kwargs):
@@ -107,8 +111,8 @@ class TransformerLayer(layers.Layer):
         tokens = self.attention_norm(tokens + self.dropout(self.attention(tokens, bias, training=training), training=training))
         return self.output_norm(tokens + self.dropout(self.down(self.up(tokens)), training=training))
 
-# %% ../nbs/01_sentence_transformer.ipynb #586a9b2f
-class BertEncoder(layers.Layer):
+# %% ../nbs/01_sentence_transformer.ipynb #d57b08d4
+class BertEncoder(_Composite):
     """BERT's embeddings and its stack of layers, built from a `BertConfig`.
     `input_ids`, `attention_mask` (batch, length) → token vectors (batch, length, width). Raises `ValueError` for an unknown activation. Source: Devlin et al. 2019."""
     def __init__(self, config, **kwargs):
