@@ -207,6 +207,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'mtst.multitask._gradients_jax': ('multitask.html#_gradients_jax', 'mtst/multitask.py'),
                                 'mtst.multitask._gradients_tensorflow': ('multitask.html#_gradients_tensorflow', 'mtst/multitask.py'),
                                 'mtst.multitask._hits': ('multitask.html#_hits', 'mtst/multitask.py'),
+                                'mtst.multitask._in_one_pass': ('multitask.html#_in_one_pass', 'mtst/multitask.py'),
                                 'mtst.multitask._is_list': ('multitask.html#_is_list', 'mtst/multitask.py'),
                                 'mtst.multitask._is_tables': ('multitask.html#_is_tables', 'mtst/multitask.py'),
                                 'mtst.multitask._label': ('multitask.html#_label', 'mtst/multitask.py'),

@@ -314,7 +314,15 @@ class AdamW(keras.optimizers.AdamW):
 
     def get_config(self): return {**super().get_config(), "factors": dict(self.factors)}
 
-# %% ../nbs/02_multitask.ipynb #544eec33
+# %% ../nbs/02_multitask.ipynb #cdca126b
+def _in_one_pass(optimizer, i, gradient, variable, rate): # Adam's update of the weight i, on TensorFlow
+    from tensorflow import raw_ops
+    number, means = lambda x: ops.cast(x, variable.dtype), (optimizer._momentums[i].value, optimizer._velocities[i].value)
+    beta_1, beta_2, step = number(optimizer.beta_1), number(optimizer.beta_2), number(optimizer.iterations + 1)
+    raw_ops.ResourceApplyAdam(var=variable.handle, m=means[0].handle, v=means[1].handle, beta1_power=ops.power(beta_1, step), beta2_power=ops.power(beta_2, step),
+        lr=number(rate), beta1=beta_1, beta2=beta_2, epsilon=number(optimizer.epsilon), grad=number(gradient))
+
+# %% ../nbs/02_multitask.ipynb #8cdf196a
 @patch
 def update_step(self: AdamW, gradient, variable, learning_rate):
     if hasattr(gradient, "indices"): gradient = ops.add(gradient, ops.zeros_like(variable)) # TensorFlow lists one for each occurrence of a word; Adam must see their sum
@@ -325,7 +333,8 @@ def update_step(self: AdamW, gradient, variable, learning_rate):
         correction = lambda step: ops.sqrt(1 - ops.power(self.beta_2, step)) / (1 - ops.power(self.beta_1, step))
         step = ops.cast(self.iterations + 1, "float32")
         rate = rate * correction(step - self.joined[i]) / correction(step)
-    keras.optimizers.AdamW.update_step(self, gradient, variable, rate)
+    if keras.backend.backend() == "tensorflow" and not self.amsgrad: _in_one_pass(self, i, gradient, variable, rate)
+    else: keras.optimizers.AdamW.update_step(self, gradient, variable, rate)
 
 @patch
 def _apply_weight_decay(self: AdamW, variables): pass # done in `update_step`, at the rate of each weight

