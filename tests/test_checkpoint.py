@@ -1,11 +1,11 @@
 """Checkpoints: files whole or absent, weights read safely, the ways to an encoder."""
-import hashlib, http.server, json, os, pickle, re, subprocess, tempfile, threading, zipfile
+import gc, hashlib, http.server, json, os, pickle, re, subprocess, tempfile, threading, zipfile
 from pathlib import Path
 import numpy as np, pytest
 from safetensors.numpy import save_file
 from conftest import bert_weights, files, python, write_bert
 from mtst import checkpoint
-from mtst.checkpoint import cache_folder, download_default, find_checkpoint, read_weights, verify_default, whole_file, whole_folder
+from mtst.checkpoint import cache_folder, download_default, find_checkpoint, quietly, read_weights, verify_default, whole_file, whole_folder
 
 # ---- whole or absent
 
@@ -259,6 +259,16 @@ def test_a_half_snapshot_does_not_hide_the_whole_copy(tmp_path):
     (tmp_path/"all-MiniLM-L6-v2").symlink_to(find_checkpoint())
     found = python(find, MTST_CACHE=tmp_path, HF_HOME=tmp_path/"hf", HF_HUB_OFFLINE=1)
     assert found.stdout.strip() == str(tmp_path/"all-MiniLM-L6-v2"), found.stderr
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_quiet_imports_leave_the_garbage_collector_as_it_was(collects):
+    (gc.enable if collects else gc.disable)()
+    try:
+        with quietly(): inside = gc.isenabled()
+        with pytest.raises(ImportError):
+            with quietly(): raise ImportError
+        assert (inside, gc.isenabled()) == (False, collects)
+    finally: gc.enable()
 
 # ---- the real places
 

@@ -596,6 +596,24 @@ def test_factors_and_a_late_start_by_hand():
     assert first_step() == pytest.approx(0.1, abs=1e-5) and first_step(factors={"w": 0.01}) == pytest.approx(0.001, abs=1e-6)
     assert first_step(10_000, 10_000) == pytest.approx(0.1, abs=1e-4) and first_step(0, 10_000) == pytest.approx(0.01/0.001**0.5, abs=1e-3)
 
+@pytest.mark.parametrize("graph", ["eager", "traced", "xla"])
+@pytest.mark.parametrize("kwargs", [{}, {"amsgrad": True}, {"epsilon": 1e-3, "beta_1": 0.8}], ids=["plain", "amsgrad", "other"])
+def test_one_pass_gives_the_weights_of_keras(kwargs, graph):
+    "Five steps with other gradients each time, one of them a table's, which TensorFlow lists by rows."
+    import tensorflow as tf
+    def trained(kind):
+        table, kernel = keras.Variable(np.arange(12, dtype="float32").reshape(4, 3)/10, name="table"), keras.Variable(np.ones((2, 2), "float32"), name="kernel")
+        optimizer = kind(0.1, weight_decay=0.01, **kwargs)
+        optimizer.build([table, kernel])
+        def step(i):
+            rows = tf.IndexedSlices(tf.ones((2, 3))*i, tf.constant([0, 2]), tf.constant([4, 3]))
+            optimizer.apply([rows if graph != "xla" and kind is AdamW else tf.convert_to_tensor(rows), tf.convert_to_tensor(np.float32([[1, -2], [0, 1e-3]]))*(i - 2)], [table, kernel])
+        run = step if graph == "eager" else tf.function(step, jit_compile=graph == "xla")
+        for i in range(5): run(tf.constant(float(i)))
+        return np.concatenate([np.ravel(table), np.ravel(kernel)])
+    ours, theirs = trained(AdamW), trained(keras.optimizers.AdamW)
+    assert np.abs(ours - theirs).max() <= 1e-5 and np.abs(ours[:3] - [0, 0.1, 0.2]).min() > 0.3, "of steps of 0.1"
+
 # ---- what was measured
 
 results = Path(__file__).parent.parent/"nbs"/"results"

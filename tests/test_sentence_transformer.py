@@ -4,7 +4,7 @@ import keras, numpy as np, pandas as pd, pytest
 from safetensors.numpy import load_file, save_file
 from conftest import VOCAB, bert_weights, files, python, write_bert
 from mtst import SentenceTransformer, load_reviews
-from mtst.sentence_transformer import batches_by_length
+from mtst.sentence_transformer import SelfAttention, batches_by_length
 
 # ---- what encode takes
 
@@ -262,6 +262,12 @@ def test_a_known_shape_is_not_traced_again(tiny_folder, count_calls, precision):
     first = model.encode(["good food", "a film"])
     before = len(traced)
     assert before > 0 and not np.array_equal(first, model.encode(["bad food", "the film"])) and len(traced) == before
+
+def test_a_model_is_built_in_one_run(tiny_folder, count_calls):
+    "Without their empty `build`, Keras would try the layers several times over to learn which weights they make."
+    calls = count_calls(SelfAttention, "call")
+    model = SentenceTransformer.from_pretrained(tiny_folder)
+    assert len(calls) == len(model.encoder.transformer_layers) > 0
 
 def test_encoding_prints_nothing():
     ended = python("import sys\nfrom mtst import SentenceTransformer\nsys.exit(SentenceTransformer.from_pretrained().encode(['good', 'food']).shape != (2, 384))")
