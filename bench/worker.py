@@ -51,7 +51,7 @@ def mtst_training(folder, threads, **settings):
     model.compile(adamw(5e-5))
     def steps(n):
         tokens, y = training_batch(32*n)
-        clock = {} # from the first step to the last: tidying up after `fit` takes TensorFlow up to five seconds, whatever the number of steps
+        clock = {} # from the first step to the last: tidying up after `fit` takes TensorFlow up to ten seconds, whatever the number of steps
         timer = LambdaCallback(on_train_batch_begin=lambda batch, logs: clock.setdefault("began", time.perf_counter()), on_train_batch_end=lambda batch, logs: clock.update(ended=time.perf_counter()))
         model.fit({"input_ids": tokens, "attention_mask": np.ones_like(tokens)}, {"domain": y, "sentiment": y}, batch_size=32, verbose=0, callbacks=[timer])
         return clock["ended"] - clock["began"]

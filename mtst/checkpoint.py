@@ -69,19 +69,19 @@ def whole_folder(
         if old.exists() and not path.exists(): os.replace(old, path)
         for leftover in (part, old): shutil.rmtree(leftover, ignore_errors=True)
 
-# %% ../nbs/00_checkpoint.ipynb #d654aa00
+# %% ../nbs/00_checkpoint.ipynb #a6a72edc
 @contextlib.contextmanager
 def quietly():
     "Import large libraries in this block: what it prints to standard error, also from compiled code, is held back and shown if it fails, and the garbage collector rests."
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     collects = gc.isenabled()
-    gc.disable()
     with tempfile.TemporaryFile() as held, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sys.stderr.flush()
         screen = os.dup(2)
         os.dup2(held.fileno(), 2)
+        gc.disable()
         try: yield
         except BaseException:
             held.seek(0)

@@ -314,12 +314,13 @@ class AdamW(keras.optimizers.AdamW):
 
     def get_config(self): return {**super().get_config(), "factors": dict(self.factors)}
 
-# %% ../nbs/02_multitask.ipynb #cdca126b
+# %% ../nbs/02_multitask.ipynb #c9e9eef0
 def _in_one_pass(optimizer, i, gradient, variable, rate): # Adam's update of the weight i, on TensorFlow
     from tensorflow import raw_ops
-    number, means = lambda x: ops.cast(x, variable.dtype), (optimizer._momentums[i].value, optimizer._velocities[i].value)
+    m, v = optimizer._momentums[i].value, optimizer._velocities[i].value
+    number = lambda x: ops.cast(x, variable.dtype)
     beta_1, beta_2, step = number(optimizer.beta_1), number(optimizer.beta_2), number(optimizer.iterations + 1)
-    raw_ops.ResourceApplyAdam(var=variable.handle, m=means[0].handle, v=means[1].handle, beta1_power=ops.power(beta_1, step), beta2_power=ops.power(beta_2, step),
+    raw_ops.ResourceApplyAdam(var=variable.handle, m=m.handle, v=v.handle, beta1_power=ops.power(beta_1, step), beta2_power=ops.power(beta_2, step),
         lr=number(rate), beta1=beta_1, beta2=beta_2, epsilon=number(optimizer.epsilon), grad=number(gradient))
 
 # %% ../nbs/02_multitask.ipynb #8cdf196a
@@ -465,11 +466,11 @@ def fit(self: MultiTaskSentenceTransformer,
     with _on_vectors(self, [b for b in (x, validation_data) if isinstance(b, Batches)], cached, many):
         return keras.Model.fit(self, x, *args, batch_size=batch_size, validation_data=validation_data, callbacks=callbacks, verbose=verbose, **kwargs)
 
-# %% ../nbs/02_multitask.ipynb #3410d3fd
+# %% ../nbs/02_multitask.ipynb #2e25d6fb
 @patch
 def logits(self: MultiTaskSentenceTransformer,
     texts,           # a list of strings
-    batch_size=None, # texts per step; None: about a thousand tokens
+    batch_size=None, # texts per step; None: about a thousand tokens, two thousand in bfloat16
 ): # dict: task → (texts, units), in the order given
     "What the heads say of texts, before softmax or sigmoid."
     body = self.sentence_transformer
@@ -484,11 +485,11 @@ def _answers(task, logits): # a DataFrame with the answer of one task, and how s
     else: answer, sure = ["|".join(l for l, x in zip(task.labels, row) if x > 0.5) for row in p], np.where(p > 0.5, p, 1 - p).min(1)
     return pd.DataFrame({task.name: answer, f"{task.name}_probability": sure})
 
-# %% ../nbs/02_multitask.ipynb #6b01cbae
+# %% ../nbs/02_multitask.ipynb #283b28bc
 @patch
 def predict(self: MultiTaskSentenceTransformer,
     x,                      # a string, or an iterable of strings; or anything that Keras takes
-    batch_size=None,        # texts per step; None: about a thousand tokens
+    batch_size=None,        # texts per step; None: about a thousand tokens, two thousand in bfloat16
     show_progress_bar=None, # by default only on a terminal
     **kwargs,
 ): # DataFrame: the text, and for each task its label and that label's probability

@@ -270,6 +270,12 @@ def test_quiet_imports_leave_the_garbage_collector_as_it_was(collects):
         assert (inside, gc.isenabled()) == (False, collects)
     finally: gc.enable()
 
+def test_quiet_imports_that_cannot_begin_leave_the_garbage_collector_on(monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/no/folder/for/it"))
+    with pytest.raises(FileNotFoundError):
+        with quietly(): pass
+    assert gc.isenabled()
+
 # ---- the real places
 
 @pytest.mark.online
